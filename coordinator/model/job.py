@@ -1,0 +1,227 @@
+"""A job: what was asked for, which state it is in, and what may be done to it.
+
+States and verbs are QEMU's (QAPI JobStatus, JobVerb). Nothing but `TRANSITIONS` and `verb_is_legal`
+decides legality::
+
+    created ──> running ──> ready ──> waiting ──> pending ──> concluded ──> (dismissed)
+                 │   ^       │  ^        │           │            ^
+                 v   │       v  │        │           │            │
+                paused     standby       └──> aborting <──────────┤ from every state
+                                                 └────────────────┘ before concluded
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class State(enum.StrEnum):
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    READY = "ready"
+    STANDBY = "standby"
+    """Paused while ready."""
+    WAITING = "waiting"
+    """Told to complete; the last flush is under way."""
+    PENDING = "pending"
+    """All work is done; waits for finalize."""
+    ABORTING = "aborting"
+    CONCLUDED = "concluded"
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.CREATED: frozenset({State.RUNNING, State.PAUSED, State.ABORTING}),
+    State.RUNNING: frozenset({State.PAUSED, State.READY, State.WAITING, State.ABORTING}),
+    State.PAUSED: frozenset({State.RUNNING, State.CREATED, State.ABORTING}),
+    State.READY: frozenset({State.STANDBY, State.WAITING, State.ABORTING}),
+    State.STANDBY: frozenset({State.READY, State.ABORTING}),
+    State.WAITING: frozenset({State.PENDING, State.READY, State.ABORTING}),
+    State.PENDING: frozenset({State.CONCLUDED, State.ABORTING}),
+    State.ABORTING: frozenset({State.CONCLUDED}),
+    State.CONCLUDED: frozenset(),
+}
+"""WAITING -> READY is ours: a complete that would not give a clean copy is refused and the job goes on."""
+
+
+class Verb(enum.StrEnum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    SET_SPEED = "set-speed"
+    COMPLETE = "complete"
+    CANCEL = "cancel"
+    FINALIZE = "finalize"
+    DISMISS = "dismiss"
+
+
+_ALIVE = frozenset({State.CREATED, State.RUNNING, State.PAUSED, State.READY, State.STANDBY})
+VERBS: dict[Verb, frozenset[State]] = {
+    Verb.PAUSE: _ALIVE,
+    Verb.RESUME: _ALIVE,
+    Verb.SET_SPEED: _ALIVE | {State.WAITING},
+    Verb.COMPLETE: frozenset({State.READY}),
+    Verb.CANCEL: _ALIVE | {State.WAITING, State.PENDING},
+    Verb.FINALIZE: frozenset({State.PENDING}),
+    Verb.DISMISS: frozenset({State.CONCLUDED}),
+}
+
+
+def transition_is_legal(old: State, new: State) -> bool:
+    return new in TRANSITIONS[old]
+
+
+def verb_is_legal(state: State, verb: Verb) -> bool:
+    return state in VERBS[verb]
+
+
+class Sync(enum.StrEnum):
+    """Which extents a mirror copies (the `sync` of QEMU's drive-mirror)."""
+
+    FULL = "full"
+    """All data of the chain."""
+    TOP = "top"
+    """Data of the topmost image only."""
+    DIRTY = "dirty"
+    """What the named bitmap calls dirty."""
+    INCREMENTAL = "incremental"
+    """Reads both sides and sends only what differs; the target holds an older copy."""
+
+
+class ErrorPolicy(enum.StrEnum):
+    REPORT = "report"
+    IGNORE = "ignore"
+    """The extent stays dirty and is tried again, a bounded number of times."""
+    STOP = "stop"
+    ENOSPC = "enospc"
+    """stop on ENOSPC, report otherwise."""
+
+
+class IoStatus(enum.StrEnum):
+    OK = "ok"
+    FAILED = "failed"
+    NOSPACE = "nospace"
+
+
+class JobSpec(BaseModel):
+    """What a submitter asks for. Immutable once submitted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(min_length=1, max_length=4096, description="URI or path of the disk to copy")
+    target: str = Field(min_length=1, max_length=4096, description="URI or path of the copy")
+    sync: Sync = Sync.FULL
+    bitmap: str | None = Field(default=None, max_length=1023, description="dirty bitmap, with sync=dirty")
+    speed: int = Field(default=0, ge=0, description="bytes per second over all workers; 0 is unlimited")
+    on_source_error: ErrorPolicy = ErrorPolicy.REPORT
+    on_target_error: ErrorPolicy = ErrorPolicy.REPORT
+    overwrite: bool = Field(default=False, description="an existing target file may be overwritten")
+    auto_complete: bool = Field(default=True, description="complete as soon as the job is ready")
+    auto_finalize: bool = Field(default=True, description="finalize as soon as the job is pending")
+
+    @model_validator(mode="after")
+    def _bitmap_goes_with_dirty(self) -> Self:
+        if (self.sync is Sync.DIRTY) != (self.bitmap is not None):
+            raise ValueError("sync=dirty and bitmap=NAME go together: give both or neither")
+        return self
+
+
+class JobRecord(BaseModel):
+    """A job as the ledger keeps it; also what the API answers. All sizes are in bytes, times in Unix seconds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+    spec: JobSpec
+    state: State = State.CREATED
+    created_at: float = 0.0
+    started_at: float = 0.0
+    """When the job first ran; 0 before."""
+    concluded_at: float = 0.0
+
+    # What was found out when source and target were opened; 0 before.
+    disk_size: int = 0
+    block_size: int = 0
+    max_writers: int = 0
+    target_created: bool = False
+    """The job makes the target itself: set before the file is made, so that a second attempt knows it as its own."""
+    target_zeroed: bool = False
+    """The target reads as zeroes where this job has not written: zero extents cost nothing in the first pass."""
+    source_may_change: bool = False
+    """True for a writable NBD export or an image that another process has open for writing."""
+    compare_reason: str = ""
+    """Why content is compared instead of a bitmap being read, where that is so."""
+
+    pass_number: int = 0
+    pass_kind: str = ""
+    """"copy" or "compare", then "settle"; see coordinator.model.step."""
+    compared: bool = False
+    """The pass compares contents, so `pass_sent` counts what differed."""
+    plan_cursor: int = 0
+    """Bytes of the disk, from its start, that have been split into units in this pass."""
+    plan_done: bool = False
+    pass_sent: int = 0
+    """Bytes written to the target in this pass; 0 after a comparing pass means: in sync."""
+    settled: bool = False
+    """The pass is flushed and its suspect units are verified; set when its settle unit finishes."""
+    complete_passes: int = 0
+    """Comparing passes made since complete was asked for."""
+
+    len: int = 0
+    offset: int = 0
+    bytes_read: int = 0
+    bytes_sent: int = 0
+
+    units_ready: int = 0
+    units_leased: int = 0
+    units_done: int = 0
+    units_quarantined: int = 0
+
+    speed: int = 0
+    pause_requested: bool = False
+    cancel_requested: str = ""
+    """"", "soft" or "force"."""
+    complete_requested: bool = False
+    finalize_requested: bool = False
+    io_status: IoStatus = IoStatus.OK
+    target_io_status: IoStatus = IoStatus.OK
+    error: str = ""
+    """Why the job failed, is paused by an error, or refused to complete; with the remedy."""
+    fatal: bool = False
+    """The error ends the job."""
+    error_code: str = ""
+    """The `code` of the error class, so that a client can raise the same again."""
+
+    @property
+    def in_sync(self) -> bool:
+        return self.len == self.offset
+
+    @property
+    def failed(self) -> bool:
+        return self.state is State.CONCLUDED and self.fatal
+
+    @property
+    def cancelled(self) -> bool:
+        return self.state is State.CONCLUDED and self.cancel_requested != "" and not self.fatal
+
+
+_SPEED = re.compile(r"(?P<n>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?:i?b)?(?:/s)?", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """'50M', '1.5GiB/s', '4096' to bytes; K, M, G, T are powers of 1024 as in QEMU's tools.
+
+    Raises ValueError naming the text.
+    """
+    match = _SPEED.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write a number and K, M, G or T, such as 50M")
+    factor = 1024 ** " kmgt".index(match["unit"].lower() or " ")
+    return int(float(match["n"]) * factor)
+
+
+Event = dict[str, Any]
+"""{"id", "time", "event", "job", "data": {…}}; `id` is the stream's and grows strictly."""

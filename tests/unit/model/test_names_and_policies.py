@@ -1,0 +1,100 @@
+"""URIs, sizes, policies, settings: pure rules."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from coordinator.model.errors import Side, UsageError
+from coordinator.model.job import ErrorPolicy, IoStatus, JobRecord, JobSpec, parse_bytes
+from coordinator.model.policy import Action, act_on_error, io_status_after, policy_of, status_field
+from coordinator.model.progress import eta_of, rate_of
+from coordinator.model.uri import DiskUri, absolute, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/d/a.img", DiskUri("file", "/d/a.img", "raw")),
+        ("/d/a.qcow2", DiskUri("file", "/d/a.qcow2", "qcow2")),
+        ("/d/a.qcow2?format=raw", DiskUri("file", "/d/a.qcow2", "raw")),
+        ("/d/a?b.img", DiskUri("file", "/d/a?b.img", "raw")),
+        ("file:///d/a%20b.img?format=qcow2", DiskUri("file", "/d/a b.img", "qcow2")),
+        ("nbd://h:1/e", DiskUri("nbd", nbd_uri="nbd://h:1/e")),
+        ("nbd+unix:///e?socket=/s", DiskUri("nbd", nbd_uri="nbd+unix:///e?socket=/s")),
+    ],
+)
+def test_a_disk_is_what_its_name_says(text: str, expected: DiskUri) -> None:
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["a.img", "s3://b/p", "file://host/a", "file:///", "/a?format=vmdk", "file:///a?format=raw&x=1"]
+)
+def test_a_name_that_says_nothing_is_refused_with_a_remedy(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(text)
+    assert refused.value.remedy
+
+
+def test_relative_paths_belong_to_the_one_who_typed_them() -> None:
+    assert absolute("a.img", "/home/u") == "/home/u/a.img"
+    assert absolute("../a?format=qcow2", "/home/u") == "/home/a?format=qcow2"
+    assert absolute("nbd://h/e", "/home/u") == "nbd://h/e"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("50M", 50 << 20), ("1.5GiB/s", 3 << 29), ("4096", 4096)])
+def test_sizes_are_powers_of_1024(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+def test_a_size_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match="fast"):
+        parse_bytes("fast")
+
+
+@pytest.mark.parametrize(
+    ("policy", "errno_", "action"),
+    [
+        (ErrorPolicy.REPORT, errno.EIO, Action.REPORT),
+        (ErrorPolicy.IGNORE, errno.ENOSPC, Action.IGNORE),
+        (ErrorPolicy.STOP, errno.EIO, Action.STOP),
+        (ErrorPolicy.ENOSPC, errno.ENOSPC, Action.STOP),
+        (ErrorPolicy.ENOSPC, errno.EIO, Action.REPORT),
+    ],
+)
+def test_policies_act_as_qemus(policy: ErrorPolicy, errno_: int, action: Action) -> None:
+    assert act_on_error(policy, errno_) is action
+
+
+def test_each_side_has_its_own_policy_and_status() -> None:
+    spec = JobSpec(source="/s", target="/t", on_target_error=ErrorPolicy.STOP)
+    assert policy_of(spec, Side.SOURCE) is ErrorPolicy.REPORT
+    assert policy_of(spec, Side.TARGET) is ErrorPolicy.STOP
+    assert status_field(Side.SOURCE) != status_field(Side.TARGET)
+    assert io_status_after(errno.ENOSPC) is IoStatus.NOSPACE
+    assert io_status_after(errno.EIO) is IoStatus.FAILED
+
+
+def test_dirty_and_bitmap_go_together() -> None:
+    with pytest.raises(ValueError, match="bitmap"):
+        JobSpec.model_validate({"source": "/s", "target": "/t", "sync": "dirty"})
+    with pytest.raises(ValueError, match="bitmap"):
+        JobSpec.model_validate({"source": "/s", "target": "/t", "bitmap": "b"})
+
+
+def test_eta_counts_what_is_not_planned_yet() -> None:
+    job = JobRecord(
+        id="j",
+        spec=JobSpec(source="/s", target="/t"),
+        started_at=100,
+        disk_size=1000,
+        plan_cursor=500,
+        len=500,
+        offset=100,
+    )
+    assert rate_of(job, 110) == 10
+    assert eta_of(job, 110) == 90
+    assert eta_of(job.model_copy(update={"plan_cursor": 1000, "plan_done": True}), 110) == 40
+    assert eta_of(job.model_copy(update={"started_at": 0}), 110) is None

@@ -1,0 +1,214 @@
+"""The control loop's decisions as rules, asserted on the sentence it would log."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.model.errors import RefusedError
+from coordinator.model.events import EventName
+from coordinator.model.job import VERBS, IoStatus, JobRecord, JobSpec, State, Sync, Verb, transition_is_legal
+from coordinator.model.step import MAX_COMPLETE_PASSES, Step, VerbArguments, apply_verb, next_step
+from coordinator.model.units import UnitKind
+
+NOW = 1000.0
+
+
+def job(**fields: object) -> JobRecord:
+    spec = {"source": "/s", "target": "/t"}
+    for name in ("sync", "auto_complete", "auto_finalize"):
+        if name in fields:
+            spec[name] = fields.pop(name)  # type: ignore[assignment]
+    return JobRecord.model_validate({"id": "j", "spec": JobSpec.model_validate(spec), **fields})
+
+
+def settled(**fields: object) -> JobRecord:
+    given = {"pass_number": 1, "pass_kind": "settle", "plan_done": True, "settled": True, **fields}
+    return job(**given)
+
+
+def step_of(record: JobRecord) -> Step:
+    step = next_step(record, NOW)
+    assert step is not None
+    return step
+
+
+def after(record: JobRecord, step: Step) -> JobRecord:
+    return record.model_copy(update=dict(step.changes))
+
+
+def test_a_created_job_starts_with_a_plan_unit() -> None:
+    step = step_of(job())
+    assert step.sentence == "starts with a copy pass"
+    assert step.new_unit is UnitKind.PLAN
+    assert step.changes["state"] is State.RUNNING
+
+
+def test_an_incremental_job_starts_with_a_comparing_pass() -> None:
+    assert step_of(job(sync=Sync.INCREMENTAL)).sentence == "starts with a compare pass"
+
+
+@pytest.mark.parametrize("out", [{"units_ready": 1}, {"units_leased": 1}])
+def test_a_pass_waits_for_its_units(out: dict[str, int]) -> None:
+    assert next_step(job(state=State.RUNNING, pass_number=1, pass_kind="copy", plan_done=True, **out), NOW) is None
+
+
+def test_a_copied_pass_settles_before_it_is_ready() -> None:
+    running = job(state=State.RUNNING, pass_number=1, pass_kind="copy", plan_done=True)
+    step = step_of(running)
+    assert step.new_unit is UnitKind.SETTLE
+    assert "state" not in step.changes
+
+
+def test_a_redone_pass_settles_again() -> None:
+    step = step_of(job(state=State.RUNNING, pass_number=1, pass_kind="settle", plan_done=True, settled=False))
+    assert step.new_unit is UnitKind.SETTLE
+
+
+def test_a_settled_job_is_ready_and_says_so() -> None:
+    step = step_of(settled(state=State.RUNNING))
+    assert step.changes["state"] is State.READY
+    assert [name for name, _ in step.events] == [EventName.MIRROR_STATE_CHANGE, EventName.BLOCK_JOB_READY]
+
+
+def test_a_ready_job_waits_for_complete_unless_told_to_complete_by_itself() -> None:
+    assert next_step(settled(state=State.READY, auto_complete=False), NOW) is None
+    assert step_of(settled(state=State.READY)).changes["state"] is State.WAITING
+
+
+def test_a_source_that_cannot_change_completes_after_one_pass() -> None:
+    assert step_of(settled(state=State.WAITING)).sentence == "in sync and flushed"
+
+
+def test_a_source_that_may_change_is_compared_before_it_completes() -> None:
+    step = step_of(settled(state=State.WAITING, source_may_change=True))
+    assert step.changes["pass_kind"] == "compare"
+    assert step.changes["pass_number"] == 2
+
+
+def test_a_comparing_pass_that_found_nothing_is_in_sync() -> None:
+    assert (
+        step_of(settled(state=State.WAITING, source_may_change=True, compared=True)).sentence == "in sync and flushed"
+    )
+
+
+def test_a_source_that_never_rests_refuses_complete_and_the_job_goes_on() -> None:
+    waiting = settled(
+        state=State.WAITING,
+        source_may_change=True,
+        compared=True,
+        pass_sent=1,
+        complete_passes=MAX_COMPLETE_PASSES,
+        auto_complete=False,
+        complete_requested=True,
+    )
+    step = step_of(waiting)
+    assert step.sentence == "refuses to complete"
+    back = after(waiting, step)
+    assert back.state is State.READY
+    assert not back.complete_requested
+    assert back.error
+
+
+def test_pause_waits_until_no_mover_writes() -> None:
+    asked = job(state=State.RUNNING, pause_requested=True, pass_number=1, units_leased=1)
+    assert next_step(asked, NOW) is None
+    assert step_of(asked.model_copy(update={"units_leased": 0})).changes["state"] is State.PAUSED
+
+
+def test_cancel_of_a_paused_job_concludes() -> None:
+    paused = job(state=State.PAUSED, pause_requested=True, pass_number=1, cancel_requested="soft")
+    aborting = after(paused, step_of(paused))
+    assert aborting.state is State.ABORTING
+    step = step_of(aborting)
+    assert step.sentence == "cancelled"
+    assert [name for name, _ in step.events] == [EventName.BLOCK_JOB_CANCELLED]
+
+
+def test_an_abort_waits_until_no_mover_writes() -> None:
+    assert next_step(job(state=State.ABORTING, fatal=True, error="x", units_leased=1), NOW) is None
+
+
+def test_quarantined_units_fail_the_job_and_never_pass_silently() -> None:
+    step = step_of(job(state=State.RUNNING, pass_number=1, pass_kind="copy", plan_done=True, units_quarantined=2))
+    assert step.changes["fatal"] is True
+    assert "2 work units" in step.changes["error"]
+
+
+def test_resume_resets_the_io_status() -> None:
+    paused = job(
+        state=State.PAUSED, pause_requested=True, pass_number=1, target_io_status=IoStatus.NOSPACE, error="full"
+    )
+    resumed = after(paused, apply_verb(paused, Verb.RESUME, VerbArguments()))
+    assert resumed.state is State.RUNNING
+    assert resumed.target_io_status is IoStatus.OK
+    assert resumed.error == ""
+
+
+def test_verbs_outside_their_states_are_refused_with_a_remedy() -> None:
+    for state, verb in itertools.product(State, Verb):
+        record = job(state=state)
+        if state in VERBS[verb]:
+            apply_verb(record, verb, VerbArguments(speed=1))
+        else:
+            with pytest.raises(RefusedError) as refused:
+                apply_verb(record, verb, VerbArguments(speed=1))
+            assert str(state) in refused.value.message
+            assert refused.value.remedy
+
+
+records = st.builds(
+    job,
+    state=st.sampled_from(State),
+    pass_number=st.integers(0, 3),
+    pass_kind=st.sampled_from(["copy", "compare", "settle"]),
+    plan_done=st.booleans(),
+    compared=st.booleans(),
+    settled=st.booleans(),
+    source_may_change=st.booleans(),
+    pass_sent=st.integers(0, 1),
+    complete_passes=st.integers(0, MAX_COMPLETE_PASSES),
+    units_ready=st.integers(0, 1),
+    units_leased=st.integers(0, 1),
+    units_quarantined=st.integers(0, 1),
+    pause_requested=st.booleans(),
+    cancel_requested=st.sampled_from(["", "soft", "force"]),
+    complete_requested=st.booleans(),
+    fatal=st.booleans(),
+    auto_complete=st.booleans(),
+    auto_finalize=st.booleans(),
+)
+
+
+@given(records)
+def test_every_step_is_a_legal_transition(record: JobRecord) -> None:
+    step = next_step(record, NOW)
+    if step is not None and "state" in step.changes and step.changes["state"] != record.state:
+        assert transition_is_legal(record.state, step.changes["state"])
+
+
+@given(records)
+def test_a_job_settles_into_waiting_within_a_visit(record: JobRecord) -> None:
+    """With its units done at once, every job comes to rest: no step repeats for ever."""
+    for _ in range(20 + 6 * MAX_COMPLETE_PASSES):
+        step = next_step(record, NOW)
+        if step is None:
+            return
+        record = after(record, step)
+        if step.drop_units:
+            record = record.model_copy(update={"units_ready": 0, "units_leased": 0, "units_quarantined": 0})
+        if step.new_unit is UnitKind.PLAN:
+            record = record.model_copy(update={"plan_done": True})
+        if step.new_unit is UnitKind.SETTLE:
+            record = record.model_copy(update={"settled": True})
+    raise AssertionError(f"still stepping: {record}")
+
+
+@given(records)
+def test_nobody_may_still_write_when_a_job_has_concluded(record: JobRecord) -> None:
+    step = next_step(record, NOW)
+    if step is not None and step.changes.get("state") is State.CONCLUDED and record.state is State.ABORTING:
+        assert record.units_leased == 0
