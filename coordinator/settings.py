@@ -1,0 +1,110 @@
+"""Settings: FLUSHPOINT_* in the environment over the TOML file $FLUSHPOINT_CONFIG; see config/flushpoint.toml.
+
+Timeouts that depend on each other are checked together, when the settings load.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from coordinator.model.errors import UsageError
+
+
+class Settings(BaseSettings):
+    """Times are in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="FLUSHPOINT_", extra="ignore", frozen=True)
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """The ledger: Redis or Valkey with AOF and maxmemory-policy noeviction."""
+    redis_prefix: str = "fp:"
+    broker_url: str = "redis://127.0.0.1:6379/1"
+    """The doorbells: redis://, redis+socket:// or amqp://."""
+
+    api_socket: str = ""
+    """Unix socket of the API; with it nothing listens on TCP."""
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=7410, ge=1, le=65535)
+
+    worker_slots: int = Field(default=2, ge=1, le=256)
+    worker_budget_s: float = Field(default=60.0, gt=0)
+    """How long a woken worker goes on claiming before it gives its slot back to the broker."""
+    allowed_roots: tuple[str, ...] = ()
+    """Directories under which a worker reads and writes files; none: no files at all."""
+    allowed_endpoints: tuple[str, ...] = ()
+    """NBD peers a worker may talk to: CIDR, host, host:port; "*" allows all but link-local and metadata addresses."""
+
+    lease_s: float = Field(default=15.0, gt=0)
+    renew_s: float = Field(default=0.2, gt=0)
+    """A renewal also fetches pause, cancel and speed, so it is what makes verbs answer quickly."""
+    io_timeout_s: float = Field(default=30.0, gt=0)
+    """How long a peer may stay silent while requests are in flight."""
+    unit_slice_s: float = Field(default=10.0, gt=0)
+    """A unit that takes longer (a slow peer, a low speed) is flushed and given back in part."""
+    max_attempts: int = Field(default=5, ge=1)
+    retry_delay_s: float = Field(default=1.0, ge=0)
+    quarantine_s: float = Field(default=5.0, ge=0)
+    """Beyond the lease, how long a write of a dead holder may still be on its way to a mutable target."""
+
+    depth: int = Field(default=16, ge=1, le=128)
+    """Requests in flight of one mover."""
+    connections: int = Field(default=2, ge=1, le=16)
+    """Connections of one mover to one NBD export."""
+
+    leader_ttl_s: float = Field(default=10.0, gt=0)
+    cycle_s: float = Field(default=0.5, gt=0)
+    """Longest pause between two looks at the ledger without a wake-up."""
+    doorbell_ttl_s: float = Field(default=10.0, gt=0)
+    """An unanswered doorbell no longer counts after this."""
+    visibility_timeout_s: int = Field(default=300, ge=1)
+    """Redis transport: redelivery of an unacknowledged doorbell."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, os.environ.get("FLUSHPOINT_CONFIG"))
+        return init_settings, env_settings, toml
+
+    @model_validator(mode="after")
+    def _timeouts_fit_together(self) -> Self:
+        rules = (
+            (self.renew_s * 4 <= self.lease_s, "renew_s must be at most a quarter of lease_s"),
+            (
+                self.visibility_timeout_s > self.worker_budget_s + self.unit_slice_s,
+                "visibility_timeout_s must exceed worker_budget_s + unit_slice_s, or doorbells are delivered twice",
+            ),
+            (self.cycle_s * 4 <= self.leader_ttl_s, "cycle_s must be at most a quarter of leader_ttl_s"),
+            (self.cycle_s < self.lease_s, "cycle_s must be less than lease_s, or expired leases are found late"),
+        )
+        broken = [message for holds, message in rules if not holds]
+        if broken:
+            raise ValueError("; ".join(broken))
+        return self
+
+
+def load_settings() -> Settings:
+    """Settings of this process; UsageError names what does not fit."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        where = f"FLUSHPOINT_{name.upper()}" if name else "the settings"
+        raise UsageError(f"{where}: {first['msg']}", "see config/flushpoint.toml") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the settings: {error}", "check $FLUSHPOINT_CONFIG") from None
