@@ -1,0 +1,151 @@
+"""The one door: jobs and events over HTTP. Handlers only check, ask the ledger and translate."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import FastAPI, Header, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from coordinator.api import problems
+from coordinator.ledger.contract import ConflictError, Ledger, NewEvent, Versioned
+from coordinator.model.errors import RefusedError, UsageError
+from coordinator.model.job import JobRecord, JobSpec, State, Verb
+from coordinator.model.progress import eta_of, rate_of
+from coordinator.model.step import VerbArguments, apply_verb
+from coordinator.model.uri import parse
+from coordinator.model.view import JobView
+
+API_VERSION = "0.1.0"
+CAS_TRIES = 20
+"""A verb competes with the control loop and with movers; each try reads the job afresh."""
+POLL_S = 0.02
+"""How often a waiting request looks at its job: the fixed cost of a job is felt by people."""
+
+
+class VerbBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    speed: int | None = Field(default=None, ge=0, description="bytes per second, 0 is unlimited (set-speed)")
+    force: bool = Field(default=False, description="do not drain requests in flight (cancel)")
+    pivot: bool = Field(default=False, description="switch the guest to the copy (complete)")
+
+
+class JobPage(BaseModel):
+    jobs: list[JobView]
+    next: str | None
+
+
+class EventRecord(BaseModel):
+    id: str
+    time: float
+    event: str
+    job: str
+    data: dict[str, object]
+
+
+class EventPage(BaseModel):
+    events: list[EventRecord]
+    next: str
+
+
+class Health(BaseModel):
+    status: str
+    version: str
+    leader: bool
+    workers: dict[str, int]
+
+
+def make_api(ledger: Ledger, leads: Callable[[], bool]) -> FastAPI:
+    """The application; handlers are plain functions, so that each blocking call has a thread of its own."""
+    app = FastAPI(title="Flushpoint", version=API_VERSION)
+    problems.install(app)
+
+    def shown(versioned: Versioned) -> JobView:
+        return _view(versioned.job, versioned.version)
+
+    @app.get("/v1/health")
+    def health() -> Health:
+        ledger.ping()
+        return Health(status="ok", version=API_VERSION, leader=leads(), workers=ledger.workers())
+
+    @app.post("/v1/jobs", status_code=201)
+    def submit(spec: JobSpec, idempotency_key: Annotated[str, Header(max_length=255)] = "") -> JobView:
+        for name in (spec.source, spec.target):
+            parse(name)
+        if spec.source == spec.target:
+            raise RefusedError(f"source and target are both {spec.source}", "name another target")
+        job = ledger.submit(secrets.token_hex(8), spec, idempotency_key)
+        return shown(ledger.job(job.id))
+
+    @app.get("/v1/jobs")
+    def jobs(after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobPage:
+        page = ledger.jobs(after=after, limit=limit)
+        return JobPage(jobs=[_view(job) for job in page], next=page[-1].id if len(page) == limit else None)
+
+    @app.get("/v1/jobs/{job_id}")
+    def job(
+        job_id: str,
+        wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
+        until: str = State.CONCLUDED,
+    ) -> JobView:
+        wanted = _states(until)
+        deadline = time.monotonic() + wait
+        while True:
+            found = ledger.job(job_id)
+            if found.job.state in wanted or time.monotonic() >= deadline:
+                return shown(found)
+            time.sleep(POLL_S)
+
+    @app.post("/v1/jobs/{job_id}/{verb}", response_model=None, responses={200: {"model": JobView}})
+    def act(job_id: str, verb: Verb, response: Response, body: VerbBody | None = None) -> JobView | Response:
+        asked = body or VerbBody()
+        arguments = VerbArguments(asked.speed, asked.force, asked.pivot)
+        for _ in range(CAS_TRIES):
+            found = ledger.job(job_id)
+            step = apply_verb(found.job, verb, arguments)
+            try:
+                if verb is Verb.DISMISS:
+                    ledger.dismiss(job_id, found.version)
+                    return Response(status_code=204)
+                events = [NewEvent(name, data) for name, data in step.events]
+                ledger.update(job_id, found.version, step.changes, events=events)
+            except ConflictError:
+                continue
+            return shown(ledger.job(job_id))
+        raise ConflictError(f"job {job_id} changes too fast to {verb}", "try again")
+
+    @app.get("/v1/events")
+    def events(
+        after: Annotated[str, Query(pattern=r"^\d+(-\d+)?$")] = "0",
+        job: str = "",
+        wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> EventPage:
+        deadline = time.monotonic() + wait
+        while True:
+            # Other jobs' events are passed over, so the place to go on from is the newest one seen.
+            last = ledger.last_event_id()
+            found = ledger.events(after, limit=limit, job_id=job)
+            if found or time.monotonic() >= deadline:
+                records = [EventRecord.model_validate(event) for event in found]
+                return EventPage(events=records, next=records[-1].id if records else after if not job else last)
+            ledger.events(last, limit=1, wait_s=min(2.0, max(0.01, deadline - time.monotonic())))
+
+    return app
+
+
+def _view(job: JobRecord, version: int = 0) -> JobView:
+    now = time.time()
+    fields = job.model_dump()
+    return JobView(**fields, version=version, rate=rate_of(job, now), eta_s=eta_of(job, now))
+
+
+def _states(text: str) -> frozenset[State]:
+    try:
+        return frozenset(State(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"until={text!r} names no job state", f"one or more of {', '.join(State)}") from None

@@ -1,0 +1,244 @@
+"""What a ledger does. `RedisLedger` and `MemoryLedger` pass the same contract tests.
+
+Every method that changes something is one atomic step (one Lua script in Redis). Coordinator steps carry a
+`Term` and are refused with `DeposedError` when it is not the current one; unit steps carry the unit's token
+alone, so a change of leader disturbs no mover. Clock: the server's own, so that hosts need not agree.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coordinator.model.errors import FlushpointError
+from coordinator.model.events import EventName
+from coordinator.model.job import Event, JobRecord, JobSpec
+from coordinator.model.units import Claim, Directive, PlannedUnit, UnitKind
+
+
+class DeposedError(FlushpointError):
+    """Another coordinator leads; this one must stop acting."""
+
+
+class ConflictError(FlushpointError):
+    """The job changed since it was read; read it again and decide anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of leadership: a strictly growing number and a random nonce."""
+
+    generation: int
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event about to be appended to the stream in the step that causes it."""
+
+    name: EventName
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NewUnit:
+    """A plan or settle unit that a step of the control loop adds."""
+
+    kind: UnitKind
+    pass_number: int
+
+
+class Finished(enum.StrEnum):
+    DONE = "done"
+    ALREADY = "already"
+    """This token finished this unit before; nothing was counted again."""
+    STALE = "stale"
+    """The lease was lost; nothing was counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class SuspectUnit:
+    """A done unit one of whose leases had expired: settle reads its ranges again."""
+
+    unit_id: str
+    extents: str
+    digest: str
+    """blake3 hex of what its last holder wrote, in order of its extents."""
+    quarantine_ms: int
+    """How long to wait until the last expired holder must be dead; 0: now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    """A job and the version its next `update` must name."""
+
+    job: JobRecord
+    version: int
+
+
+class Ledger(Protocol):
+    # -- the server ---------------------------------------------------------------------------------------
+    def ping(self) -> None:
+        """UnavailableError when the server does not answer or refuses writes."""
+
+    def run_is_known(self) -> bool:
+        """False when the server's run_id is not the one recorded by `adopt_run`: it restarted, may have lost
+        writes, and hands out no claims until a leader adopts it."""
+
+    def adopt_run(self, term: Term, hold_ms: int) -> int:
+        """Record the server's run_id, make every leased unit ready and suspect (expired += 1), and hand out
+        no claim for `hold_ms` (the longest lease granted before). Returns the number of units made ready."""
+
+    # -- leadership -----------------------------------------------------------------------------------------
+    def lead(self, nonce: str, ttl_ms: int, at_least: int = 0) -> Term | None:
+        """Become or stay leader for `ttl_ms`; None while another leads. A new term's generation is greater
+        than any before and greater than `at_least`."""
+
+    def resign(self, term: Term) -> None: ...
+
+    # -- jobs -------------------------------------------------------------------------------------------------
+    def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "") -> JobRecord:
+        """Create the job (state created) and wake the leader. The same id, or the same non-empty
+        idempotency key with an equal spec, returns the job that exists; with another spec it raises
+        RefusedError. The record is flushed to the AOF before this returns where the server can (WAITAOF)."""
+
+    def job(self, job_id: str) -> Versioned:
+        """NotFoundError if there is none."""
+
+    def jobs(self, *, after: str = "", limit: int = 100) -> list[JobRecord]:
+        """Newest first; `after` is the id of the last one seen."""
+
+    def active_jobs(self) -> list[str]:
+        """Ids of all jobs that are not concluded."""
+
+    def update(
+        self,
+        job_id: str,
+        version: int,
+        changes: Mapping[str, Any],
+        *,
+        events: Sequence[NewEvent] = (),
+        new_unit: NewUnit | None = None,
+        drop_units: bool = False,
+        term: Term | None = None,
+    ) -> JobRecord:
+        """Apply `changes` (fields of JobRecord) if the job still has `version`, else ConflictError; append
+        the events (and a JOB_STATUS_CHANGE {status} when `state` changes); add `new_unit`; wake the leader.
+        `drop_units` forgets all units of the job and zeroes its unit counters (a new pass, or an abort):
+        later finishes of them are stale. `term` given: DeposedError unless current. Unit steps do not
+        change a job's version, except those that wake the leader (see below). A job whose state becomes
+        concluded leaves `active_jobs`."""
+
+    def dismiss(self, job_id: str, version: int) -> None:
+        """Forget a concluded job and all its records."""
+
+    def next_wake(self, timeout_s: float) -> str | None:
+        """Block until a job wants the control loop's attention; its id, or None at the time limit."""
+
+    # -- units --------------------------------------------------------------------------------------------------
+    def claim(self, worker: str, token: str, lease_ms: int) -> Claim | None:
+        """The next ready unit of a job that may run (state running or ready or waiting, no pause or
+        cancel requested, fewer than max_writers units leased where max_writers > 0), round robin over jobs.
+        `token` is random and becomes the lease's. None: nothing is ready, or claims are held back."""
+
+    def renew(self, job_id: str, unit_id: str, token: str, lease_ms: int) -> Directive: ...
+
+    def opened(self, job_id: str, unit_id: str, token: str, facts: Mapping[str, Any]) -> bool:
+        """A plan unit's holder records what it found (disk_size, block_size, max_writers,
+        source_may_change, compare_reason) in the job. False: stale."""
+
+    def add_units(
+        self,
+        job_id: str,
+        unit_id: str,
+        token: str,
+        kind: UnitKind,
+        cursor: int,
+        new_cursor: int,
+        units: Sequence[PlannedUnit],
+    ) -> bool:
+        """A plan unit's holder adds units and moves plan_cursor from `cursor` to `new_cursor`; `len` and
+        units_ready grow. False, and nothing changes, if stale or the cursor is elsewhere."""
+
+    def finish(
+        self,
+        job_id: str,
+        unit_id: str,
+        token: str,
+        *,
+        bytes_read: int = 0,
+        bytes_sent: int = 0,
+        digest: str = "",
+    ) -> Finished:
+        """The unit is done; adds its bytes to `offset`, bytes_read, bytes_sent, pass_sent once. A plan unit
+        sets plan_done. Wakes the leader when no unit of the job is ready or leased any more."""
+
+    def release(
+        self,
+        job_id: str,
+        unit_id: str,
+        token: str,
+        *,
+        remaining: str,
+        done_bytes: int,
+        bytes_read: int,
+        bytes_sent: int,
+        count_attempt: bool,
+        delay_ms: int = 0,
+        max_attempts: int = 0,
+        events: Sequence[NewEvent] = (),
+        changes: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Give a unit back with the packed extents that remain (`done_bytes` of it, counted into `offset`,
+        are flushed and done). It is ready again after `delay_ms`, or quarantined when `max_attempts` > 0 and
+        its counted attempts have reached it. `changes` (io_status, target_io_status, pause_requested,
+        error, error_code) are applied to the job in the same step, the events appended, and the leader
+        woken if there are changes or a quarantine. False: stale, nothing changes. A unit without
+        remaining extents that is a copy unit must be finished, not released."""
+
+    def reap(self, term: Term, max_attempts: int) -> list[str]:
+        """Make units ready whose lease has expired (expired += 1, attempts counted; quarantined at
+        `max_attempts`, and the leader woken) or whose delay is over. Returns "job/unit" of each."""
+
+    def suspects(self, job_id: str, unit_id: str, token: str, quarantine_ms: int) -> list[SuspectUnit]:
+        """For the holder of a settle unit: done units of the job with an expired lease, `quarantine_ms`
+        counted from the moment the last lease expired."""
+
+    def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str]) -> bool:
+        """Settle found suspect units changed: make them ready again with all their extents (their bytes
+        leave `offset`), finish the settle unit and wake the leader."""
+
+    def quarantined(self, job_id: str) -> list[tuple[int, int]]:
+        """(start, end) in bytes of each quarantined unit."""
+
+    def take(self, job_id: str, want: int, speed: int, burst: int) -> int:
+        """Token bucket shared by all workers of a job: takes `want` bytes and returns the milliseconds to
+        wait before sending them (0: now). The bucket refills at `speed` bytes/s up to `burst`; it may go into
+        debt, which is what the wait pays for. A changed `speed` counts from now."""
+
+    # -- doorbells and workers ------------------------------------------------------------------------------
+    def work_is_ready(self) -> int:
+        """Number of units that could be claimed now, at most 1000 (a bound, not a statistic)."""
+
+    def ring(self, role: str, bells: Sequence[str], limit: int, ttl_ms: int) -> list[str]:
+        """Record bells as outstanding, as many as keep at most `limit` outstanding; those older than
+        `ttl_ms` no longer count. Returns the ones to send."""
+
+    def woken(self, role: str, bell: str) -> None:
+        """The doorbell arrived; any number of times."""
+
+    def worker_alive(self, worker: str, role: str, slots: int, ttl_ms: int) -> None: ...
+
+    def worker_gone(self, worker: str) -> None: ...
+
+    def workers(self) -> dict[str, int]:
+        """Worker id to slots, of those alive."""
+
+    # -- events ---------------------------------------------------------------------------------------------------
+    def events(self, after: str = "0", *, limit: int = 100, wait_s: float = 0.0, job_id: str = "") -> list[Event]:
+        """Events after stream id `after`, oldest first; waits up to `wait_s` for the first. With `job_id`
+        only that job's (filtering; may return [] although others passed)."""
+
+    def last_event_id(self) -> str: ...

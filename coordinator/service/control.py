@@ -1,0 +1,143 @@
+"""One coordinator: leads if it can, and then reconciles jobs, reaps leases and rings doorbells."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+from kombu.exceptions import OperationalError
+
+from coordinator.ledger.contract import ConflictError, DeposedError, Ledger, NewEvent, NewUnit, Term
+from coordinator.model.errors import NotFoundError, UnavailableError
+from coordinator.model.step import next_step
+from coordinator.service.dispatcher import Dispatcher
+from coordinator.settings import Settings
+
+log = structlog.get_logger()
+
+STEPS_A_VISIT = 16
+"""A job takes several steps in one visit (settled, ready, waiting, pending, concluded); this bounds a mistake."""
+
+
+class ControlLoop:
+    """`run` blocks until `stop`; `cycle` is one turn and returns the sentences it would log."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        settings: Settings,
+        dispatcher: Dispatcher,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._nonce = secrets.token_hex(16)
+        self._term: Term | None = None
+        self._highest_generation = 0
+        self._stop = threading.Event()
+        self._next_sweep = 0.0
+
+    @property
+    def leads(self) -> bool:
+        return self._term is not None
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        """Cycle until stopped. An unreachable ledger or broker is waited for, not died of."""
+        while not self._stop.is_set():
+            try:
+                for sentence in self.cycle():
+                    log.info(sentence, generation=self._term.generation if self._term else 0)
+            except DeposedError:
+                log.warning("another coordinator leads now")
+                self._step_down()
+            except ConflictError:
+                continue  # a user's verb came in between; the next cycle sees it
+            except (UnavailableError, OperationalError, OSError) as error:
+                log.warning("a server is away", error=str(error))
+                self._step_down()
+                self._stop.wait(self._settings.cycle_s)
+        if self._term is not None:
+            try:
+                self._ledger.resign(self._term)
+            except UnavailableError:
+                log.warning("cannot resign; the term ends by itself")
+
+    def _step_down(self) -> None:
+        self._term = None
+        self._next_sweep = 0.0
+
+    def cycle(self) -> list[str]:
+        """One turn: lead, recover if the server restarted, sweep or wait for a wake-up, ring."""
+        term = self._ledger.lead(
+            self._nonce, int(self._settings.leader_ttl_s * 1000), at_least=self._highest_generation
+        )
+        if term is None:
+            self._step_down()
+            self._stop.wait(self._settings.cycle_s)
+            return []
+        sentences = [] if self._term == term else [f"leads with generation {term.generation}"]
+        self._term = term
+        self._highest_generation = term.generation
+        if not self._ledger.run_is_known():
+            sentences.append(self._recover(term))
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            self._next_sweep = now + self._settings.cycle_s
+            sentences += self._sweep(term)
+        else:
+            job_id = self._ledger.next_wake(min(self._settings.cycle_s, self._next_sweep - now))
+            if job_id is not None:
+                sentences += self.visit(job_id, term)
+        self._dispatcher.top_up()
+        return sentences
+
+    def _recover(self, term: Term) -> str:
+        """The server restarted: writes may be lost, so every lease is doubted and none granted for a while.
+
+        Holders of leases the ledger no longer knows stop by their own clock within `lease_s`.
+        """
+        ready_again = self._ledger.adopt_run(term, hold_ms=int(self._settings.lease_s * 1000))
+        self._next_sweep = 0.0
+        return f"the ledger's server restarted: {ready_again} units are ready again, claims wait for old leases to end"
+
+    def _sweep(self, term: Term) -> list[str]:
+        sentences = [
+            f"{unit} is ready again: its lease ran out or its delay is over"
+            for unit in self._ledger.reap(term, self._settings.max_attempts)
+        ]
+        for job_id in self._ledger.active_jobs():
+            sentences += self.visit(job_id, term)
+        return sentences
+
+    def visit(self, job_id: str, term: Term) -> list[str]:
+        """Take the steps a job is due for, until it waits for its units or its user."""
+        sentences: list[str] = []
+        for _ in range(STEPS_A_VISIT):
+            try:
+                versioned = self._ledger.job(job_id)
+            except NotFoundError:
+                return sentences
+            job = versioned.job
+            step = next_step(job, self._clock())
+            if step is None:
+                return sentences
+            pass_number = int(step.changes.get("pass_number", job.pass_number))
+            self._ledger.update(
+                job_id,
+                versioned.version,
+                step.changes,
+                events=[NewEvent(name, data) for name, data in step.events],
+                new_unit=NewUnit(step.new_unit, pass_number) if step.new_unit else None,
+                drop_units=step.drop_units,
+                term=term,
+            )
+            sentences.append(f"job {job_id} {step.sentence}")
+        return sentences
