@@ -108,7 +108,7 @@ class Ledger(Protocol):
         """NotFoundError if there is none."""
 
     def jobs(self, *, after: str = "", limit: int = 100) -> list[JobRecord]:
-        """Newest first; `after` is the id of the last one seen."""
+        """Newest first; `after` is the id of the last one seen (NotFoundError if it was dismissed)."""
 
     def active_jobs(self) -> list[str]:
         """Ids of all jobs that are not concluded."""
@@ -126,10 +126,10 @@ class Ledger(Protocol):
     ) -> JobRecord:
         """Apply `changes` (fields of JobRecord) if the job still has `version`, else ConflictError; append
         the events (and a JOB_STATUS_CHANGE {status} when `state` changes); add `new_unit`; wake the leader.
-        `drop_units` forgets all units of the job and zeroes its unit counters (a new pass, or an abort):
-        later finishes of them are stale. `term` given: DeposedError unless current. Unit steps do not
-        change a job's version, except those that wake the leader (see below). A job whose state becomes
-        concluded leaves `active_jobs`."""
+        `drop_units` forgets all units of the job and zeroes its unit counters (a new pass, or an abort),
+        before the changes and `new_unit` apply: later finishes of them are stale. `term` given:
+        DeposedError unless current. Unit steps do not change a job's version, except those that wake the
+        leader (see below). A job whose state becomes concluded leaves `active_jobs`."""
 
     def dismiss(self, job_id: str, version: int) -> None:
         """Forget a concluded job and all its records."""
@@ -147,7 +147,8 @@ class Ledger(Protocol):
 
     def opened(self, job_id: str, unit_id: str, token: str, facts: Mapping[str, Any]) -> bool:
         """A plan unit's holder records what it found (disk_size, block_size, max_writers,
-        source_may_change, compare_reason) in the job. False: stale."""
+        target_created, target_zeroed, source_may_change, compare_reason) in the job; wakes the leader.
+        False: stale."""
 
     def add_units(
         self,
@@ -173,7 +174,12 @@ class Ledger(Protocol):
         digest: str = "",
     ) -> Finished:
         """The unit is done; adds its bytes to `offset`, bytes_read, bytes_sent, pass_sent once. A plan unit
-        sets plan_done. Wakes the leader when no unit of the job is ready or leased any more."""
+        sets plan_done, a settle unit settled. Wakes the leader when it is a plan or settle unit, when no unit
+        of the job is ready or leased any more, and when none is leased of a job that may not run (it waits
+        for that to pause or conclude; release and reap wake it for the same).
+
+        A token is valid until reap takes the lease away, even past its time. The same finish again is
+        ALREADY for one hour, then STALE."""
 
     def release(
         self,
@@ -193,22 +199,27 @@ class Ledger(Protocol):
     ) -> bool:
         """Give a unit back with the packed extents that remain (`done_bytes` of it, counted into `offset`,
         are flushed and done). It is ready again after `delay_ms`, or quarantined when `max_attempts` > 0 and
-        its counted attempts have reached it. `changes` (io_status, target_io_status, pause_requested,
-        error, error_code) are applied to the job in the same step, the events appended, and the leader
-        woken if there are changes or a quarantine. False: stale, nothing changes. A unit without
-        remaining extents that is a copy unit must be finished, not released."""
+        its counted attempts have reached it; a delayed unit counts as ready. `changes` (io_status,
+        target_io_status, pause_requested, error, error_code, fatal) are applied to the job in the same step,
+        the events appended, and the leader woken if there are changes or a quarantine. False: stale, nothing
+        changes. A copy or compare unit without remaining extents must be finished, not released: ValueError.
+
+        Of a unit whose lease had expired before, all extents remain and `done_bytes` counts nothing: its next
+        holder does all of it again, so that the digest of `suspects` covers whatever a zombie may write to."""
 
     def reap(self, term: Term, max_attempts: int) -> list[str]:
         """Make units ready whose lease has expired (expired += 1, attempts counted; quarantined at
-        `max_attempts`, and the leader woken) or whose delay is over. Returns "job/unit" of each."""
+        `max_attempts`, and the leader woken) or whose delay is over. Returns "job/unit" of each made ready;
+        handles a bounded number a call, and sweeps a bounded number of forgotten units."""
 
     def suspects(self, job_id: str, unit_id: str, token: str, quarantine_ms: int) -> list[SuspectUnit]:
         """For the holder of a settle unit: done units of the job with an expired lease, `quarantine_ms`
-        counted from the moment the last lease expired."""
+        counted from the moment the last lease expired; [] if stale."""
 
     def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str]) -> bool:
         """Settle found suspect units changed: make them ready again with all their extents (their bytes
-        leave `offset`), finish the settle unit and wake the leader."""
+        leave `offset`; they stay suspects), end the settle unit without setting settled, and wake the leader.
+        False: stale."""
 
     def quarantined(self, job_id: str) -> list[tuple[int, int]]:
         """(start, end) in bytes of each quarantined unit."""
@@ -239,6 +250,9 @@ class Ledger(Protocol):
     # -- events ---------------------------------------------------------------------------------------------------
     def events(self, after: str = "0", *, limit: int = 100, wait_s: float = 0.0, job_id: str = "") -> list[Event]:
         """Events after stream id `after`, oldest first; waits up to `wait_s` for the first. With `job_id`
-        only that job's (filtering; may return [] although others passed)."""
+        only that job's; it reads on past those of others."""
 
     def last_event_id(self) -> str: ...
+
+    def close(self) -> None:
+        """Give connections back; the next call connects again."""

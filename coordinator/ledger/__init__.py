@@ -1,0 +1,43 @@
+"""The ledger: the one record of jobs, units, leases, leadership and events.
+
+Law: whoever decides, decides elsewhere (coordinator.model) and asks for one step here. A step is atomic and
+fenced, by a term or by a unit's token, and made with the server's clock. Nothing outside this package
+touches Redis for state, and nothing in it knows what a disk or a worker process is.
+"""
+
+from __future__ import annotations
+
+from coordinator.ledger.contract import (
+    ConflictError,
+    DeposedError,
+    Finished,
+    Ledger,
+    NewEvent,
+    NewUnit,
+    SuspectUnit,
+    Term,
+    Versioned,
+)
+from coordinator.ledger.keys import DEFAULT_PREFIX
+from coordinator.ledger.memory import MemoryLedger
+from coordinator.ledger.redis_ledger import RedisLedger
+
+__all__ = [
+    "ConflictError",
+    "DeposedError",
+    "Finished",
+    "Ledger",
+    "MemoryLedger",
+    "NewEvent",
+    "NewUnit",
+    "RedisLedger",
+    "SuspectUnit",
+    "Term",
+    "Versioned",
+    "open_ledger",
+]
+
+
+def open_ledger(url: str, prefix: str = DEFAULT_PREFIX) -> RedisLedger:
+    """The ledger at a redis://, rediss:// or unix:// URL; connects when first used."""
+    return RedisLedger(url, prefix=prefix)

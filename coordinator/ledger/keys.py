@@ -1,0 +1,81 @@
+"""Every key of the ledger in Redis, composed inside the Lua scripts (scripts/prelude.lua).
+
+All begin with the prefix, "fp:" unless configured. A cluster would demand that keys be passed to a script
+and lie in one slot; the ledger is one record kept by one server (a replica may follow it), so they need not.
+Times are milliseconds of the server's clock unless said otherwise. "leader" below: whoever holds the term.
+
+==================  ======  =====================================================================  ==================
+key                 type    meaning                                                                written by
+==================  ======  =====================================================================  ==================
+leader              hash    generation (kept for ever), nonce, until                               lead, resign
+run                 string  run_id of the server's run that a leader adopted                       adopt_run
+hold                string  no claims before this time                                             adopt_run
+job:JOB             hash    a field per field of JobRecord (spec as JSON, booleans 0 and 1),       submit, update,
+                            version, _incarnation and _next_unit (of its units)                    all unit steps
+jobs                zset    all jobs by µs of creation                                             submit, dismiss
+active              set     jobs that are not concluded                                            submit, update
+idem:KEY            string  the job that an idempotency key created; 24 h                          submit
+incarnations        string  counter: a job gets a new one when it is created or drops its units    submit, update
+unit:JOB/UNIT       hash    UNIT is INCARNATION-NUMBER. kind, pass, start, end, bytes, extents,    unit steps, reap
+                            remaining (extents, once some are done), counted (bytes of it in the
+                            job's offset), state (ready, leased, delayed, done, quarantined),
+                            token, until, worker, claims, failures (counted attempts), expired,
+                            expired_at, digest. Deleted when done, unless a lease of it expired
+ready:JOB           list    units to claim, first at the left                                      unit steps, reap
+leased:JOB          set     leased units                                                           unit steps, reap
+suspects:JOB        set     done units one of whose leases expired                                 finish, redo
+quarantined:JOB     set     units given up                                                         release, reap
+leases              zset    JOB/UNIT by the end of its lease                                       unit steps, reap
+delayed             zset    JOB/UNIT by the end of its delay                                       release, reap
+runnable            zset    jobs a unit of which may be claimed now, by turn                       all that changes it
+turn                string  counter: the place in the round robin                                  as runnable
+done:TOKEN          string  the unit that this token finished; 1 h                                 finish, redo
+trash               list    INCARNATION:FIRST:LAST:JOB, units to be swept in batches               update, dismiss, reap
+bucket:JOB          hash    token bucket: level (bytes), at (µs), speed; an hour after its use     take
+wake                zset    jobs that want the control loop's attention, by µs                     wake in prelude.lua
+bells:ROLE          zset    outstanding doorbells by time of ringing                               ring, woken
+workers             zset    workers by the time they are taken for dead                            worker_alive, _gone
+worker_facts        hash    worker: "slots role"                                                   worker_alive, _gone
+events              stream  event, job, time (s), data (JSON); about the last 100,000              update, release
+probe               string  written by ping, to learn whether the server takes writes; 1 s         ping
+==================  ======  =====================================================================  ==================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_PREFIX = "fp:"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys that Python reads or writes without a script."""
+
+    prefix: str = DEFAULT_PREFIX
+
+    @property
+    def active(self) -> str:
+        return f"{self.prefix}active"
+
+    @property
+    def events(self) -> str:
+        return f"{self.prefix}events"
+
+    @property
+    def jobs(self) -> str:
+        return f"{self.prefix}jobs"
+
+    @property
+    def probe(self) -> str:
+        return f"{self.prefix}probe"
+
+    @property
+    def wake(self) -> str:
+        return f"{self.prefix}wake"
+
+    def bells(self, role: str) -> str:
+        return f"{self.prefix}bells:{role}"
+
+    def job(self, job_id: str) -> str:
+        return f"{self.prefix}job:{job_id}"

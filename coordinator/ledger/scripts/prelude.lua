@@ -1,0 +1,174 @@
+-- Put before every script of this directory by connection.py; does nothing by itself.
+-- KEYS[1] is the prefix of all keys (see keys.py, which says what each key is). Keys are composed here,
+-- which a cluster would not allow: the ledger lives on one server.
+local P = KEYS[1]
+local time = redis.call('TIME')
+local now_us = time[1] * 1000000 + time[2]
+local now_ms = math.floor(now_us / 1000)
+local now_s = time[1] .. '.' .. string.format('%06d', tonumber(time[2]))
+
+-- Lua prints large numbers as 1.2e+15: every number on its way into Redis passes through here.
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+local function add(key, field, number)
+  if number ~= 0 then
+    redis.call('HINCRBY', key, field, int(number))
+  end
+end
+
+local function job_key(job) return P .. 'job:' .. job end
+local function unit_key(job, unit) return P .. 'unit:' .. job .. '/' .. unit end
+local function ready_key(job) return P .. 'ready:' .. job end
+
+-- Leadership: true when (generation, nonce) is not the current term.
+local function deposed(generation, nonce)
+  local leader = redis.call('HMGET', P .. 'leader', 'generation', 'nonce')
+  return leader[1] ~= generation or leader[2] ~= nonce
+end
+
+local RUNS = { running = true, ready = true, waiting = true }
+
+-- True where units of the job may be worked on; f is HMGET of state, pause_requested, cancel_requested.
+local function may_run(f)
+  return RUNS[f[1]] ~= nil and f[2] ~= '1' and f[3] == ''
+end
+
+-- The control loop looks at the job again; many wakes before it does are one.
+local function wake(job)
+  redis.call('ZADD', P .. 'wake', 'NX', int(now_us), job)
+end
+
+-- A change the control loop must not decide without having seen.
+local function announce(job)
+  redis.call('HINCRBY', job_key(job), 'version', 1)
+  wake(job)
+end
+
+-- After a lease of a job ended: the control loop waits for this when nothing is left to do, and when nobody
+-- may go on (it pauses and concludes a job only once no unit is leased).
+local function announce_if_idle(job)
+  local f = redis.call('HMGET', job_key(job),
+    'state', 'pause_requested', 'cancel_requested', 'units_ready', 'units_leased')
+  if f[5] == '0' and (f[4] == '0' or not may_run(f)) then
+    announce(job)
+  end
+end
+
+local function emit(job, name, data)
+  redis.call('XADD', P .. 'events', 'MAXLEN', '~', 100000, '*',
+    'event', name, 'job', job, 'time', now_s, 'data', data)
+end
+
+-- Events as pairs of name and JSON from ARGV[first] on.
+local function emit_all(job, first)
+  for i = first, #ARGV, 2 do
+    emit(job, ARGV[i], ARGV[i + 1])
+  end
+end
+
+-- Put the job among the runnable ones, or take it away: after every change of what decides that.
+local function refresh(job)
+  local f = redis.call('HMGET', job_key(job),
+    'state', 'pause_requested', 'cancel_requested', 'max_writers', 'units_leased')
+  local writers = tonumber(f[4] or 0)
+  if f[1] and may_run(f) and (writers == 0 or tonumber(f[5]) < writers)
+      and redis.call('EXISTS', ready_key(job)) == 1 then
+    if not redis.call('ZSCORE', P .. 'runnable', job) then
+      redis.call('ZADD', P .. 'runnable', redis.call('INCR', P .. 'turn'), job)
+    end
+  else
+    redis.call('ZREM', P .. 'runnable', job)
+  end
+end
+
+-- True while nothing may be claimed: the server restarted and was not adopted, or is held after it was.
+local function held_back()
+  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  if redis.call('GET', P .. 'run') ~= run then
+    return true
+  end
+  local hold = redis.call('GET', P .. 'hold')
+  return hold and tonumber(hold) > now_ms
+end
+
+local function holds(job, unit, token)
+  local f = redis.call('HMGET', unit_key(job, unit), 'state', 'token')
+  return f[1] == 'leased' and f[2] == token
+end
+
+-- False for units that drop_units forgot and that are still being swept.
+local function live(job, unit)
+  return redis.call('HGET', job_key(job), '_incarnation') == string.match(unit, '^%d+')
+end
+
+local function append_ready(job, unit)
+  redis.call('HSET', unit_key(job, unit), 'state', 'ready')
+  redis.call('RPUSH', ready_key(job), unit)
+end
+
+-- A new unit at the end of the job's ready list. The caller refreshes the job.
+local function create_unit(job, kind, pass, first, last, bytes, extents)
+  local number = redis.call('HINCRBY', job_key(job), '_next_unit', 1)
+  local unit = redis.call('HGET', job_key(job), '_incarnation') .. '-' .. number
+  redis.call('HSET', unit_key(job, unit), 'kind', kind, 'pass', pass, 'start', first, 'end', last,
+    'bytes', bytes, 'counted', 0, 'extents', extents, 'claims', 0, 'failures', 0, 'expired', 0)
+  append_ready(job, unit)
+  redis.call('HINCRBY', job_key(job), 'units_ready', 1)
+end
+
+-- The lease ends. The caller puts the unit where it belongs now.
+local function drop_lease(job, unit)
+  redis.call('ZREM', P .. 'leases', job .. '/' .. unit)
+  redis.call('SREM', P .. 'leased:' .. job, unit)
+  redis.call('HDEL', unit_key(job, unit), 'token', 'until', 'worker')
+  redis.call('HINCRBY', job_key(job), 'units_leased', -1)
+end
+
+local function quarantine(job, unit)
+  redis.call('HSET', unit_key(job, unit), 'state', 'quarantined')
+  redis.call('SADD', P .. 'quarantined:' .. job, unit)
+  redis.call('HINCRBY', job_key(job), 'units_quarantined', 1)
+  announce(job)
+end
+
+-- Whether the counted attempts of a unit have reached a bound; 0 is no bound.
+local function worn_out(job, unit, max_attempts)
+  return max_attempts > 0
+    and tonumber(redis.call('HGET', unit_key(job, unit), 'failures')) >= max_attempts
+end
+
+-- The unit is done, its lease over: count it once, remember the token, keep the record of a suspect.
+local function complete_unit(job, unit, token, digest)
+  local key, record = unit_key(job, unit), job_key(job)
+  local f = redis.call('HMGET', key, 'bytes', 'counted', 'expired', 'kind')
+  drop_lease(job, unit)
+  add(record, 'offset', tonumber(f[1]) - tonumber(f[2]))
+  redis.call('HINCRBY', record, 'units_done', 1)
+  redis.call('SET', P .. 'done:' .. token, job .. '/' .. unit, 'EX', 3600)
+  if tonumber(f[3]) > 0 and tonumber(f[1]) > 0 then
+    redis.call('HSET', key, 'state', 'done', 'counted', f[1], 'digest', digest)
+    redis.call('SADD', P .. 'suspects:' .. job, unit)
+  else
+    redis.call('UNLINK', key)
+  end
+  return f[4]
+end
+
+-- Forget all units of a job: what is small at once, the rest is swept in batches by reap.
+local function forget_units(job)
+  local record = job_key(job)
+  for _, unit in ipairs(redis.call('SMEMBERS', P .. 'leased:' .. job)) do
+    redis.call('ZREM', P .. 'leases', job .. '/' .. unit)
+    redis.call('UNLINK', unit_key(job, unit))
+  end
+  redis.call('UNLINK', ready_key(job), P .. 'leased:' .. job, P .. 'suspects:' .. job,
+    P .. 'quarantined:' .. job)
+  local f = redis.call('HMGET', record, '_incarnation', '_next_unit')
+  if f[2] ~= '0' then
+    redis.call('RPUSH', P .. 'trash', f[1] .. ':1:' .. f[2] .. ':' .. job)
+  end
+  redis.call('HSET', record, '_incarnation', redis.call('INCR', P .. 'incarnations'), '_next_unit', 0,
+    'units_ready', 0, 'units_leased', 0, 'units_done', 0, 'units_quarantined', 0)
+end

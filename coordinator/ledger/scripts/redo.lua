@@ -1,0 +1,24 @@
+-- Settle found suspect units changed: they are copied again, and the settle unit is done.
+-- Keys: unit:*, suspects:*, done:*, leases, leased:*, ready:*, job:*, runnable, turn, wake (written).
+-- ARGV: job, unit, token, then the suspect units.
+-- Returns 1, or 0 if stale.
+local job, unit, key = ARGV[1], ARGV[2], job_key(ARGV[1])
+if not holds(job, unit, ARGV[3]) or redis.call('HGET', unit_key(job, unit), 'kind') ~= 'settle' then
+  return 0
+end
+for i = 4, #ARGV do
+  local suspect = ARGV[i]
+  if redis.call('SREM', P .. 'suspects:' .. job, suspect) == 1 then
+    local record = unit_key(job, suspect)
+    add(key, 'offset', -tonumber(redis.call('HGET', record, 'counted')))
+    redis.call('HINCRBY', key, 'units_done', -1)
+    redis.call('HINCRBY', key, 'units_ready', 1)
+    redis.call('HDEL', record, 'remaining', 'digest')
+    redis.call('HSET', record, 'counted', 0)
+    append_ready(job, suspect)
+  end
+end
+complete_unit(job, unit, ARGV[3], '')
+announce(job)
+refresh(job)
+return 1

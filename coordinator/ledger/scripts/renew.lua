@@ -1,0 +1,13 @@
+-- Extend a lease.
+-- Keys: unit:*, leases (written), job:* (read).
+-- ARGV: job, unit, token, lease in ms.
+-- Returns {held, run, speed}.
+local job, unit = ARGV[1], ARGV[2]
+if not holds(job, unit, ARGV[3]) then
+  return { 0, 0, 0 }
+end
+local over = int(now_ms + tonumber(ARGV[4]))
+redis.call('HSET', unit_key(job, unit), 'until', over)
+redis.call('ZADD', P .. 'leases', over, job .. '/' .. unit)
+local f = redis.call('HMGET', job_key(job), 'state', 'pause_requested', 'cancel_requested', 'speed')
+return { 1, may_run(f) and 1 or 0, f[4] }

@@ -1,0 +1,28 @@
+-- Create a job, unless it exists.
+-- Keys: idem:*, job:*, jobs, active, incarnations, wake (written).
+-- ARGV: job id, spec as JSON, idempotency key or "", then fields and values of the new record.
+-- Returns {"ok", fields…} of the job that was created or existed, or {"refused", job id}.
+local job, spec, idem = ARGV[1], ARGV[2], ARGV[3]
+if idem ~= '' then
+  local before = redis.call('GET', P .. 'idem:' .. idem)
+  if before and redis.call('EXISTS', job_key(before)) == 1 then
+    job = before
+  end
+end
+local key = job_key(job)
+local existing = redis.call('HGET', key, 'spec')
+if existing and existing ~= spec then
+  return { 'refused', job }
+end
+if not existing then
+  redis.call('HSET', key, unpack(ARGV, 4))
+  redis.call('HSET', key, 'id', job, 'spec', spec, 'created_at', now_s, 'version', 1,
+    '_incarnation', redis.call('INCR', P .. 'incarnations'), '_next_unit', 0)
+  redis.call('ZADD', P .. 'jobs', int(now_us), job)
+  redis.call('SADD', P .. 'active', job)
+  wake(job)
+end
+if idem ~= '' then
+  redis.call('SET', P .. 'idem:' .. idem, job, 'EX', 86400)
+end
+return { 'ok', redis.call('HGETALL', key) }

@@ -1,0 +1,38 @@
+-- One step of the control loop, or a verb of an operator.
+-- Keys: leader (read), job:*, unit:*, ready:*, leased:*, leases, suspects:*, quarantined:*, trash,
+--   incarnations, active, runnable, turn, events, wake (written).
+-- ARGV: job id, version, generation or "", nonce, 1 to drop units, kind of a new unit or "", its pass,
+--   number of changes, field and value of each, then name and JSON of each event.
+-- Returns {"ok", fields…}, {"deposed"}, {"missing"} or {"conflict"}.
+local job, key = ARGV[1], job_key(ARGV[1])
+if ARGV[3] ~= '' and deposed(ARGV[3], ARGV[4]) then
+  return { 'deposed' }
+end
+local before = redis.call('HMGET', key, 'version', 'state')
+if not before[1] then
+  return { 'missing' }
+end
+if before[1] ~= ARGV[2] then
+  return { 'conflict' }
+end
+if ARGV[5] == '1' then
+  forget_units(job)
+end
+local last = 8 + 2 * tonumber(ARGV[8])
+if last > 8 then
+  redis.call('HSET', key, unpack(ARGV, 9, last))
+end
+local state = redis.call('HGET', key, 'state')
+if state ~= before[2] then
+  if state == 'concluded' then
+    redis.call('SREM', P .. 'active', job)
+  end
+  emit(job, 'JOB_STATUS_CHANGE', '{"status":"' .. state .. '"}')
+end
+emit_all(job, last + 1)
+if ARGV[6] ~= '' then
+  create_unit(job, ARGV[6], ARGV[7], 0, 0, 0, '')
+end
+refresh(job)
+announce(job)
+return { 'ok', redis.call('HGETALL', key) }

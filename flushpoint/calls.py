@@ -1,0 +1,250 @@
+"""Every call of the API, described once and executed by nobody here: `flushpoint.client` does that, in two ways.
+
+A `Call` is one request with the function that reads its answer. A `Conversation` is a generator that yields
+calls, is sent their answers, and yields (in `Item`) what the caller is to see. Neither knows whether it runs
+synchronously or not.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from coordinator.model.errors import (
+    FlushpointError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+    UsageError,
+)
+from coordinator.model.job import JobSpec, State, Verb
+from coordinator.model.view import JobView
+
+T = TypeVar("T")
+
+POLL_S = 30.0
+"""Length of one long poll: below the 60 s that the API grants and that proxies in between cut at."""
+PAGE = 100
+
+
+class Event(BaseModel):
+    """One event of the deployment's stream; `time` in Unix seconds, `id` grows strictly."""
+
+    id: str
+    time: float
+    event: str
+    job: str
+    data: dict[str, Any]
+
+
+class EventPage(BaseModel):
+    events: list[Event]
+    next: str
+
+
+class JobPage(BaseModel):
+    jobs: list[JobView]
+    next: str | None
+
+
+class Health(BaseModel):
+    """`workers` maps the name of each living worker to its slots."""
+
+    status: str
+    version: str
+    leader: bool
+    workers: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request. `wait_s` is how long the server may think about it by agreement."""
+
+    method: str
+    path: str
+    parse: Callable[[bytes], T]
+    params: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    wait_s: float = 0.0
+    repeatable: bool = False
+    """Sending it twice does what sending it once does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Generic[T]):
+    """What a conversation hands to its caller, between two calls."""
+
+    value: T
+
+
+Conversation: TypeAlias = Generator[Call[Any] | Item[T], Any, None]
+
+_JOB = TypeAdapter(JobView).validate_json
+_JOBS = TypeAdapter(JobPage).validate_json
+_EVENTS = TypeAdapter(EventPage).validate_json
+_HEALTH = TypeAdapter(Health).validate_json
+
+
+def submit(spec: JobSpec, idempotency_key: str = "") -> Call[JobView]:
+    """Create a job. The same key again answers with the job that it made the first time."""
+    key = idempotency_key or str(uuid.uuid4())
+    body = spec.model_dump_json().encode()
+    return Call("POST", "/v1/jobs", _JOB, body=body, headers={"Idempotency-Key": key}, repeatable=True)
+
+
+def job(job_id: str) -> Call[JobView]:
+    """One job; NotFoundError if there is none of this id."""
+    return _get(_job_path(job_id), _JOB)
+
+
+def pause(job_id: str) -> Call[JobView]:
+    """Ask the job to stop copying; it keeps its place."""
+    return _act(job_id, Verb.PAUSE)
+
+
+def resume(job_id: str) -> Call[JobView]:
+    """Go on after a pause or an error, and reset the I/O status."""
+    return _act(job_id, Verb.RESUME)
+
+
+def set_speed(job_id: str, bytes_per_s: int) -> Call[JobView]:
+    """Limit the job over all its workers; 0 is unlimited."""
+    return _act(job_id, Verb.SET_SPEED, b'{"speed":%d}' % bytes_per_s)
+
+
+def complete(job_id: str, *, pivot: bool = False) -> Call[JobView]:
+    """End a ready job with a clean copy, or fail and leave it running."""
+    return _act(job_id, Verb.COMPLETE, b'{"pivot":true}' if pivot else b"{}")
+
+
+def cancel(job_id: str, *, force: bool = False) -> Call[JobView]:
+    """Give the job up; with `force` without draining requests in flight."""
+    return _act(job_id, Verb.CANCEL, b'{"force":true}' if force else b"{}")
+
+
+def finalize(job_id: str) -> Call[JobView]:
+    """Conclude a pending job."""
+    return _act(job_id, Verb.FINALIZE)
+
+
+def dismiss(job_id: str) -> Call[None]:
+    """Forget a concluded job."""
+    return Call("POST", f"{_job_path(job_id)}/{Verb.DISMISS}", _nothing, body=b"{}")
+
+
+def health() -> Call[Health]:
+    """Whether the deployment works, and who works in it."""
+    return _get("/v1/health", _HEALTH)
+
+
+def jobs() -> Conversation[JobView]:
+    """All jobs, newest first, page by page."""
+    params = {"limit": str(PAGE)}
+    while True:
+        page: JobPage = yield _get("/v1/jobs", _JOBS, params)
+        for found in page.jobs:
+            yield Item(found)
+        if page.next is None:
+            return
+        params = {**params, "after": page.next}
+
+
+def events(*, after: str = "0", job: str = "", follow: bool = False) -> Conversation[Event]:
+    """Events newer than `after`, of one job if `job` is given; with `follow` never ends."""
+    wait_s = POLL_S if follow else 0.0
+    while True:
+        params = {"after": after, "job": job, "wait": f"{wait_s:g}", "limit": str(PAGE)}
+        page: EventPage = yield _get("/v1/events", _EVENTS, params, wait_s)
+        for event in page.events:
+            yield Item(event)
+        after = page.next
+        if not follow and len(page.events) < PAGE:
+            return
+
+
+def watch(
+    job_id: str, *, until: Iterable[State] = (State.CONCLUDED,), every_s: float = POLL_S
+) -> Conversation[JobView]:
+    """The job now, then at each change of its state and at least each `every_s`; ends with a state of `until`."""
+    last = frozenset(until)
+    found: JobView = yield job(job_id)
+    while True:
+        yield Item(found)
+        if found.state in last:
+            return
+        found = yield _await_change(job_id, found.state, every_s)
+
+
+def wait(
+    job_id: str, *, until: Iterable[State] = (State.CONCLUDED,), timeout_s: float | None = None
+) -> Conversation[JobView]:
+    """The job once, as soon as its state is in `until`; UnavailableError after `timeout_s`."""
+    last = frozenset(until)
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    found: JobView = yield job(job_id)
+    while found.state not in last:
+        left_s = POLL_S if deadline is None else deadline - time.monotonic()
+        if left_s <= 0:
+            raise UnavailableError(
+                f"job {job_id} is still {found.state} after {timeout_s:g} s", "wait for it again"
+            )
+        found = yield _await_change(job_id, found.state, min(left_s, POLL_S))
+    yield Item(found)
+
+
+def error_of(status: int, content: bytes) -> FlushpointError:
+    """The error class that a problem document (RFC 9457) names; by its status where the answer is none of ours."""
+    try:
+        problem = _PROBLEM(content)
+    except ValidationError:
+        kind = UnavailableError if status in _PASSING_STATUSES else FlushpointError
+        return kind(f"the API answered {status} without saying why", "see the coordinator's log")
+    kind = _KINDS.get(problem.code, RefusedError if status == 409 else FlushpointError)
+    error = kind(problem.detail or problem.title, problem.remedy)
+    error.code = problem.code or error.code
+    return error
+
+
+class _Problem(BaseModel):
+    title: str = ""
+    detail: str = ""
+    remedy: str = ""
+    code: str
+
+
+_PROBLEM = TypeAdapter(_Problem).validate_json
+_PASSING_STATUSES = frozenset({429, 502, 503, 504})
+_KINDS: dict[str, type[FlushpointError]] = {
+    kind.code: kind for kind in (UsageError, NotFoundError, RefusedError, UnavailableError)
+}
+
+
+def _job_path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _get(
+    path: str, parse: Callable[[bytes], T], params: Mapping[str, str] | None = None, wait_s: float = 0.0
+) -> Call[T]:
+    return Call("GET", path, parse, params=params or {}, wait_s=wait_s, repeatable=True)
+
+
+def _act(job_id: str, verb: Verb, body: bytes = b"{}") -> Call[JobView]:
+    return Call("POST", f"{_job_path(job_id)}/{verb}", _JOB, body=body)
+
+
+def _await_change(job_id: str, state: State, wait_s: float) -> Call[JobView]:
+    others = ",".join(sorted(frozenset(State) - {state}))
+    params = {"wait": f"{wait_s:.3f}", "until": others}
+    return _get(_job_path(job_id), _JOB, params, wait_s)
+
+
+def _nothing(_: bytes) -> None:
+    return None

@@ -1,0 +1,33 @@
+"""`flushpoint doctor`: what is there, what is missing, and which package brings it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import typer
+
+from flushpoint.cli import output
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+def doctor(as_json: output.JsonOption = False) -> None:
+    """Check what Flushpoint needs on this machine; fails if a required part is missing."""
+    from flushpoint import diagnosis
+
+    findings = diagnosis.examine()
+    is_fit = all(finding.ok or not finding.required for finding in findings)
+    if as_json:
+        output.write_json({"ok": is_fit, "checks": [asdict(finding) for finding in findings]})
+    else:
+        rows = [(_MARKS[finding.ok, finding.required], finding.name, finding.detail) for finding in findings]
+        print(output.table(rows))
+        for finding in findings:
+            if not finding.ok and finding.remedy:
+                output.say(f"{finding.name}: {finding.remedy}")
+    raise typer.Exit(0 if is_fit else 1)
+
+
+_MARKS = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING", (False, False): "no"}

@@ -1,0 +1,90 @@
+"""`flushpoint mirror`: copy a disk and wait for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from coordinator.model.errors import UsageError
+from coordinator.model.job import ErrorPolicy, JobSpec, Sync, parse_bytes
+from coordinator.model.uri import absolute
+from flushpoint.cli import output, session, waiting
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(mirror)
+
+
+def mirror(
+    source: Annotated[
+        str, typer.Argument(help="Disk to copy: a path, file://, nbd://, nbds:// or nbd+unix://.")
+    ],
+    target: Annotated[str, typer.Argument(help="The copy, named in the same way.")],
+    sync: Annotated[
+        Sync, typer.Option(help="Which data: all, the top image's, a bitmap's, or what differs.")
+    ] = Sync.FULL,
+    bitmap: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The dirty bitmap of --sync dirty.")
+    ] = None,
+    speed: Annotated[
+        str, typer.Option(metavar="RATE", help="Bytes per second, as in 50M; 0 is unlimited.")
+    ] = "0",
+    on_source_error: Annotated[
+        ErrorPolicy, typer.Option(help="What a read error does.")
+    ] = ErrorPolicy.REPORT,
+    on_target_error: Annotated[
+        ErrorPolicy, typer.Option(help="What a write error does.")
+    ] = ErrorPolicy.REPORT,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="An existing target may be overwritten.")
+    ] = False,
+    no_auto_complete: Annotated[
+        bool, typer.Option("--no-auto-complete", help="Stay ready until told to complete.")
+    ] = False,
+    no_auto_finalize: Annotated[
+        bool, typer.Option("--no-auto-finalize", help="Stay pending until told to finalize.")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Print the job's id and do not wait.")
+    ] = False,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Copy a disk, and wait until the copy is done."""
+    here = str(Path.cwd())
+    try:
+        spec = JobSpec(
+            source=absolute(source, here),
+            target=absolute(target, here),
+            sync=sync,
+            bitmap=bitmap,
+            speed=parse_rate(speed),
+            on_source_error=on_source_error,
+            on_target_error=on_target_error,
+            overwrite=overwrite,
+            auto_complete=not no_auto_complete,
+            auto_finalize=not no_auto_finalize,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {reason}" if where else reason, "see flushpoint mirror --help") from error
+    with session.connect() as client:
+        job = client.submit(spec)
+        if not detach:
+            waiting.follow(client, job.id, as_json)
+        elif as_json:
+            output.write_job(job, as_json)
+        else:
+            print(job.id)
+
+
+def parse_rate(text: str) -> int:
+    """'50M' to bytes per second; UsageError names the text."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(str(error), "0 is unlimited") from error

@@ -1,0 +1,191 @@
+"""Kill -9 anything in mid-copy: the job ends complete and byte-identical, and little is copied twice (I1, I5, I7)."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.broker import make_app, ring
+from coordinator.model.messages import MOVER_ROLE, Doorbell
+from coordinator.model.units import UNIT_BYTES
+from coordinator.settings import Settings
+from tests.stack import (
+    MIB,
+    QemuNbd,
+    Stack,
+    continue_process,
+    make_disk,
+    random_disk,
+    running_stack,
+    same_bytes,
+    wait_until,
+)
+
+pytestmark = pytest.mark.needs("qemu-nbd", "nbdkit")
+
+SIZE = 512 * MIB
+SPEED = 128 * MIB
+"""So that a copy takes long enough to be hit in its middle."""
+
+
+@pytest.fixture
+def stack(tmpfs_path: Path) -> Iterator[Stack]:
+    with running_stack(tmpfs_path / "stack") as running:
+        yield running
+
+
+@pytest.fixture
+def source(tmpfs_path: Path) -> Path:
+    return random_disk(tmpfs_path / "source.img", SIZE)
+
+
+def test_a_killed_worker_costs_at_most_the_units_in_flight(stack: Stack, source: Path, tmpfs_path: Path) -> None:
+    target = tmpfs_path / "target.img"
+    job = stack.submit(source, target, speed=SPEED)
+    stack.wait_for_progress(job.id, SIZE // 4)
+    stack.kill("worker")
+    stack.start_worker()
+    stack.client.set_speed(job.id, 0)
+    ended = stack.wait(job.id)
+    assert ended.error == "", stack.logs()
+    assert same_bytes(source, target)
+    assert ended.len == ended.offset == SIZE
+    assert ended.bytes_sent <= SIZE + 2 * UNIT_BYTES
+
+
+def test_one_killed_mover_is_replaced_by_the_others(stack: Stack, source: Path, tmpfs_path: Path) -> None:
+    target = tmpfs_path / "target.img"
+    job = stack.submit(source, target, speed=SPEED)
+    stack.wait_for_progress(job.id, SIZE // 4)
+    stack.movers()[0].send_signal(signal.SIGKILL)
+    stack.client.set_speed(job.id, 0)
+    assert stack.wait(job.id).error == "", stack.logs()
+    assert same_bytes(source, target)
+
+
+def test_a_killed_coordinator_goes_on_where_it_was(stack: Stack, source: Path, tmpfs_path: Path) -> None:
+    target = tmpfs_path / "target.img"
+    job = stack.submit(source, target, speed=SPEED)
+    stack.wait_for_progress(job.id, SIZE // 4)
+    stack.kill("coordinator")
+    stack.start_coordinator()
+    stack.client.set_speed(job.id, 0)
+    ended = stack.wait(job.id)
+    assert ended.error == "", stack.logs()
+    assert ended.bytes_sent == SIZE
+    assert same_bytes(source, target)
+
+
+def test_a_killed_redis_with_its_aof_loses_no_job(stack: Stack, source: Path, tmpfs_path: Path) -> None:
+    target = tmpfs_path / "target.img"
+    job = stack.submit(source, target, speed=SPEED)
+    stack.wait_for_progress(job.id, SIZE // 4)
+    stack.kill("redis")
+    stack.start_redis()
+    wait_until(stack.leads, "the coordinator to lead again", 30)
+    stack.client.set_speed(job.id, 0)
+    ended = stack.wait(job.id)
+    assert ended.error == "", stack.logs()
+    assert ended.len == ended.offset == SIZE
+    assert same_bytes(source, target)
+
+
+def test_a_doorbell_delivered_twice_at_once_changes_nothing(stack: Stack, source: Path, tmpfs_path: Path) -> None:
+    target = tmpfs_path / "target.img"
+    settings = Settings(broker_url=stack.env["FLUSHPOINT_BROKER_URL"])
+    job = stack.submit(source, target)
+    with make_app(settings) as app:
+        for _ in range(20):
+            ring(app, Doorbell(role=MOVER_ROLE, bell="the same"))
+    ended = stack.wait(job.id)
+    assert ended.error == "", stack.logs()
+    assert ended.len == ended.offset == ended.bytes_sent == SIZE
+    assert same_bytes(source, target)
+
+
+def test_a_message_of_an_unknown_version_is_dropped_and_others_go_on(
+    stack: Stack, source: Path, tmpfs_path: Path
+) -> None:
+    settings = Settings(broker_url=stack.env["FLUSHPOINT_BROKER_URL"])
+    with make_app(settings) as app:
+        ring(app, Doorbell(role=MOVER_ROLE, bell="new", version=99))
+        app.send_task("flushpoint.doorbell", args=[{"garbage": True}])
+        app.send_task("flushpoint.doorbell", args=["no mapping"])
+    assert stack.mirror(source, tmpfs_path / "target.img").error == ""
+
+
+@pytest.mark.parametrize("point", ["between-read-and-write", "before-flush", "before-finish"])
+def test_a_mover_killed_at_each_point_leaves_a_whole_copy(tmpfs_path: Path, point: str) -> None:
+    source = random_disk(tmpfs_path / "source.img", 96 * MIB)
+    marker = tmpfs_path / "passed"
+    with running_stack(tmpfs_path / "stack", env={"FLUSHPOINT_FAILPOINT": f"{point}:kill:{marker}"}) as stack:
+        ended = stack.mirror(source, tmpfs_path / "target.img")
+        assert marker.exists()
+        assert ended.error == "", stack.logs()
+        assert ended.len == ended.offset == 96 * MIB
+    assert same_bytes(source, tmpfs_path / "target.img")
+
+
+def test_a_zombie_mover_dies_before_it_writes_over_newer_data(tmpfs_path: Path) -> None:
+    """SIGSTOP between read and write, past the lease; the block is written anew by another; then SIGCONT (I4)."""
+    source = make_disk(tmpfs_path / "source.img", 32 * MIB, {0: b"o" * (32 * MIB)})
+    target = tmpfs_path / "target.img"
+    marker = tmpfs_path / "stopped"
+    environment = {"FLUSHPOINT_FAILPOINT": f"between-read-and-write:stop:{marker}"}
+    with running_stack(tmpfs_path / "stack", env=environment) as stack:
+        job = stack.submit(source, target)
+        wait_until(lambda: marker.exists() and marker.read_text() != "", "the stopped mover")
+        zombie = int(marker.read_text())
+        with source.open("r+b") as disk:  # what the zombie has read is old from now on
+            disk.write(b"n" * (32 * MIB))
+        ended = stack.wait(job.id)
+        assert ended.error == "", stack.logs()
+        assert same_bytes(source, target)
+        continue_process(zombie)
+        wait_until(
+            lambda: zombie not in [m.pid for m in stack.movers() if m.status() != "zombie"], "the zombie's death"
+        )
+        assert same_bytes(source, target)
+
+
+def test_a_target_with_a_volatile_cache_that_restarts_loses_no_unit(stack: Stack, tmpfs_path: Path) -> None:
+    """nbdkit's cache filter holds writes until a flush; SIGKILL loses them. A unit counts only after its flush."""
+    source = random_disk(tmpfs_path / "source.img", SIZE)
+    image = make_disk(tmpfs_path / "target.img", SIZE, {})
+
+    def serve() -> None:
+        stack._spawn(
+            "target",
+            ["nbdkit", "-f", "-U", str(socket), "--filter=cache", "file", str(image), "cache=writeback"],
+        )
+        wait_until(socket.exists, "nbdkit")
+
+    socket = tmpfs_path / "target.sock"
+    serve()
+    job = stack.submit(source, f"nbd+unix:///?socket={socket}", speed=SPEED)
+    stack.wait_for_progress(job.id, UNIT_BYTES)
+    stack.kill("target")
+    socket.unlink(missing_ok=True)
+    serve()
+    stack.client.set_speed(job.id, 0)
+    ended = stack.wait(job.id)
+    assert ended.error == "", stack.logs()
+    assert same_bytes(source, image)
+
+
+def test_a_source_server_killed_in_mid_request_is_waited_for(stack: Stack, source: Path, tmpfs_path: Path) -> None:
+    server = QemuNbd(source, "--read-only")
+    job = stack.submit(server.uri, tmpfs_path / "target.img", speed=SPEED)
+    stack.wait_for_progress(job.id, UNIT_BYTES)
+    server.kill()
+    server = QemuNbd(source, "--read-only")
+    try:
+        stack.client.set_speed(job.id, 0)
+        ended = stack.wait(job.id)
+    finally:
+        server.terminate()
+    assert ended.error == "", stack.logs()
+    assert same_bytes(source, tmpfs_path / "target.img")

@@ -1,0 +1,73 @@
+"""The open source and target of the job at hand, kept between its units."""
+
+from __future__ import annotations
+
+from coordinator.model.errors import RefusedError
+from coordinator.model.job import JobRecord, Sync
+from coordinator.model.uri import parse
+from coordinator.settings import Settings
+from workers.access import Access
+from workers.sources import open_source
+from workers.sources.contract import Source
+from workers.targets import open_target
+from workers.targets.contract import Target
+
+
+class Disks:
+    """At most one pair is open; opening another job's closes it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.access = Access(settings.allowed_roots, settings.allowed_endpoints)
+        self._connections = settings.connections
+        self._job_id = ""
+        self._source: Source | None = None
+        self._target: Target | None = None
+
+    def open(self, job: JobRecord) -> tuple[Source, Target]:
+        """Both disks of a planned job. Raises what the kinds raise: the errors of coordinator.model.errors."""
+        if self._job_id != job.id:
+            self.close()
+            self._job_id = job.id
+        if self._source is None:
+            source = self.open_source(job)
+            if source.size != job.disk_size:
+                source.close()
+                raise RefusedError(
+                    f"the source {job.spec.source} changed its size from {job.disk_size} to {source.size} bytes"
+                    " while it was mirrored",
+                    "submit the job again",
+                )
+            self._source = source
+        if self._target is None:
+            self._target = self.open_target(job, job.disk_size, create=False)
+        return self._source, self._target
+
+    def open_source(self, job: JobRecord) -> Source:
+        spec = job.spec
+        return open_source(parse(spec.source), spec.sync, spec.bitmap, self.access, self._connections)
+
+    def open_target(self, job: JobRecord, size: int, *, create: bool) -> Target:
+        """With `create` the target is made or cut to size; it holds an older copy in the sync modes that update one."""
+        return open_target(
+            parse(job.spec.target),
+            size,
+            self.access,
+            overwrite=job.spec.overwrite or job.target_created,
+            create=create,
+            keep=job.spec.sync in (Sync.DIRTY, Sync.INCREMENTAL) or job.pass_number > 1,
+            connections=self._connections,
+        )
+
+    def keep(self, job: JobRecord, source: Source, target: Target) -> None:
+        """Take over a pair that was opened for planning."""
+        self.close()
+        self._job_id, self._source, self._target = job.id, source, target
+
+    def close(self) -> None:
+        source, target = self._source, self._target
+        self._source = self._target = None
+        self._job_id = ""
+        if source is not None:
+            source.close()
+        if target is not None:
+            target.close()

@@ -1,0 +1,111 @@
+"""A lease in the hand of its mover: renewed by a thread, given up by the mover's own clock.
+
+A mutable target cannot be fenced by a check alone: a mover stopped inside `send` and continued later would
+write old data over new. So the process also arms ITIMER_REAL to the lease, with SIGALRM's default action: it
+dies on waking before it runs another instruction of ours.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from coordinator.ledger.contract import Ledger
+from coordinator.model.errors import FlushpointError, UnavailableError
+from coordinator.model.units import Claim
+
+SELF_STOP_SHARE = 0.75
+"""A mover that cannot renew stops by itself when this share of its lease is gone; the timer is the last resort."""
+
+
+class Halt(enum.Enum):
+    """Why a mover must not go on with its unit."""
+
+    LOST = "lost"
+    """The lease is not ours any more: stop writing at once, tell nobody."""
+    YIELD = "yield"
+    """Paused or cancelled: drain, flush, release what remains."""
+
+
+class LeaseLostError(FlushpointError):
+    """The lease ran out or was taken; whatever was not finished belongs to somebody else."""
+
+
+class Lease:
+    """Context manager around the work on one claimed unit.
+
+    `granted_at` is monotonic, from before the claim was sent; `speed` in bytes a second until the first renewal.
+    """
+
+    def __init__(self, ledger: Ledger, claim: Claim, renew_s: float, granted_at: float, speed: int) -> None:
+        self._ledger = ledger
+        self._claim = claim
+        self._renew_s = renew_s
+        self._granted_at = granted_at
+        self._halt: Halt | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self.speed = speed
+
+    def __enter__(self) -> Lease:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        self._arm()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @property
+    def halt(self) -> Halt | None:
+        """None: go on."""
+        return self._halt
+
+    def assert_held(self) -> None:
+        """LeaseLostError if the lease is lost or its time is up by our own clock."""
+        if self._halt is Halt.LOST or time.monotonic() >= self._ends_at():
+            raise LeaseLostError(f"the lease of unit {self._claim.unit_id} of job {self._claim.job_id} is lost")
+
+    def wait(self, seconds: float, enough: Callable[[], bool]) -> bool:
+        """Sleep, but not past a halt or beyond `enough`; False if the mover must stop."""
+        deadline = time.monotonic() + seconds
+        while self._halt is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or enough():
+                return True
+            self._over.wait(min(left, 0.05))
+        return False
+
+    def _ends_at(self) -> float:
+        return self._granted_at + self._claim.lease_ms / 1000
+
+    def _arm(self) -> None:
+        left = self._ends_at() - time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+
+    def _renew(self) -> None:
+        claim = self._claim
+        while not self._over.wait(self._renew_s):
+            asked_at = time.monotonic()
+            try:
+                told = self._ledger.renew(claim.job_id, claim.unit_id, claim.token, claim.lease_ms)
+            except UnavailableError:
+                if asked_at >= self._granted_at + claim.lease_ms / 1000 * SELF_STOP_SHARE:
+                    self._halt = Halt.LOST
+                    return
+                continue
+            if not told.held:
+                self._halt = Halt.LOST
+                return
+            if self._over.is_set():
+                return
+            self._granted_at = asked_at
+            self._arm()
+            self.speed = told.speed
+            if not told.run:
+                self._halt = Halt.YIELD

@@ -1,0 +1,231 @@
+"""A mover: claims ready units one after the other, and does what each kind asks for."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import structlog
+
+from coordinator.ledger.contract import Finished, Ledger
+from coordinator.model.errors import DiskIOError, FlushpointError, Next, NotFoundError, Side, UnavailableError
+from coordinator.model.extent import Extent, Status, pack_extents, unpack_extents
+from coordinator.model.job import JobRecord
+from coordinator.model.messages import Doorbell
+from coordinator.model.policy import Action
+from coordinator.model.units import Claim, UnitKind
+from coordinator.settings import Settings
+from workers.mover.disks import Disks
+from workers.mover.engine import Engine, Failure, Orders, Outcome
+from workers.mover.failpoint import pass_point
+from workers.mover.lease import Halt, Lease, LeaseLostError
+from workers.mover.planning import Planner
+from workers.mover.rate import RateLimit
+from workers.mover.verdict import Verdict, judge, judge_refusal
+from workers.targets.contract import Target
+
+log = structlog.get_logger()
+
+
+class Mover:
+    """One a process; `work` is called for each doorbell."""
+
+    def __init__(self, ledger: Ledger, settings: Settings, name: str) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._name = name
+        self._disks = Disks(settings)
+        self._engine = Engine(settings.depth)
+        self._planner = Planner(ledger, self._disks)
+
+    def work(self, bell: Doorbell) -> int:
+        """Claim until nothing is ready or the budget is used up; the number of units worked on."""
+        self._ledger.woken(bell.role, bell.bell)
+        ends_at = time.monotonic() + self._settings.worker_budget_s
+        done = 0
+        try:
+            while time.monotonic() < ends_at:
+                granted_at = time.monotonic()
+                claim = self._ledger.claim(self._name, secrets.token_hex(16), int(self._settings.lease_s * 1000))
+                if claim is None:
+                    break
+                self._serve(claim, granted_at)
+                done += 1
+        finally:
+            self._disks.close()
+        return done
+
+    def _serve(self, claim: Claim, granted_at: float) -> None:
+        try:
+            job = self._ledger.job(claim.job_id).job
+        except NotFoundError:
+            return
+        lease = Lease(self._ledger, claim, self._settings.renew_s, granted_at, job.speed)
+        serve = {
+            UnitKind.PLAN: self._plan,
+            UnitKind.COPY: self._copy,
+            UnitKind.COMPARE: self._copy,
+            UnitKind.SETTLE: self._settle,
+        }[claim.kind]
+        with lease:
+            try:
+                serve(job, claim, lease)
+            except LeaseLostError as error:
+                log.warning("gave up a unit", job=claim.job_id, unit=claim.unit_id, reason=str(error))
+                self._disks.close()
+            except FlushpointError as error:
+                self._disks.close()
+                self._give_up(job, claim, error)
+
+    # -- kinds of units ------------------------------------------------------------------------------------
+
+    def _plan(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        if not self._planner.run(job, claim, lease):
+            self._release(claim, remaining="", count_attempt=False)
+
+    def _copy(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        source, target = self._disks.open(job)
+        extents = unpack_extents(claim.extents)
+        suspect = claim.expired > 0
+        comparing = claim.kind is UnitKind.COMPARE
+        orders = Orders(
+            compare=comparing,
+            target_zeroed=job.target_zeroed and claim.pass_number == 1 and not suspect and claim.attempts == 0,
+            digest=suspect,
+            slice_s=self._settings.unit_slice_s if not suspect else float("inf"),
+        )
+        rate = RateLimit(self._ledger, job.id)
+        outcome = self._engine.copy(source, target, extents, orders, lease, rate)
+        if lease.halt is Halt.LOST:
+            raise LeaseLostError(f"the lease of unit {claim.unit_id} was lost while copying")
+        pass_point("before-flush")
+        failed = _flush(target, job)
+        lease.assert_held()
+        pass_point("before-finish")
+        if failed is not None:
+            # Nothing written since the last flush is durable: the unit starts again, on a target opened anew.
+            self._disks.close()
+            outcome = Outcome(failures=[*outcome.failures, failed], remaining=extents)
+        if not outcome.remaining:
+            finished = self._ledger.finish(
+                job.id,
+                claim.unit_id,
+                claim.token,
+                bytes_read=outcome.bytes_read,
+                bytes_sent=outcome.bytes_sent,
+                digest=outcome.digest,
+            )
+            if finished is Finished.STALE:
+                raise LeaseLostError(f"unit {claim.unit_id} belongs to somebody else")
+            return
+        if suspect:
+            outcome.remaining = extents  # its digest must cover all of it
+        self._give_back(job, claim, extents, outcome)
+
+    def _settle(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        """Read suspect units again once their dead holders cannot write any more, then flush a last time."""
+        _, target = self._disks.open(job)
+        quarantine_ms = int((self._settings.lease_s + self._settings.quarantine_s) * 1000)
+        suspects = self._ledger.suspects(job.id, claim.unit_id, claim.token, quarantine_ms)
+        longest = max((s.quarantine_ms for s in suspects), default=0)
+        if not lease.wait(longest / 1000, lambda: False):
+            lease.assert_held()
+            self._release(claim, remaining="", count_attempt=False)
+            return
+        try:
+            changed = [
+                s.unit_id
+                for s in suspects
+                if self._engine.digest_of(target.read_into, unpack_extents(s.extents)) != s.digest
+            ]
+        except DiskIOError as error:
+            self._give_back(job, claim, [], Outcome(failures=[Failure(Side.TARGET, error, _whole(job))]))
+            return
+        lease.assert_held()
+        if changed:
+            log.warning("an old write came after a new one; copying again", job=job.id, units=changed)
+            self._ledger.redo(job.id, claim.unit_id, claim.token, changed)
+            return
+        failed = _flush(target, job)
+        lease.assert_held()
+        if failed is not None:
+            self._disks.close()
+            self._give_back(job, claim, [], Outcome(failures=[failed]))
+            return
+        self._ledger.finish(job.id, claim.unit_id, claim.token)
+
+    # -- giving back ---------------------------------------------------------------------------------------
+
+    def _give_back(self, job: JobRecord, claim: Claim, extents: list[Extent], outcome: Outcome) -> None:
+        """Release what remains: unchanged for a pause or a slice, by the error policy for failures."""
+        left = sum(e.length for e in outcome.remaining)
+        done = sum(e.length for e in extents) - left
+        broken = [f for f in outcome.failures if f.error.next is Next.RECONNECT]
+        retry = bool(broken) and len(broken) == len(outcome.failures) and not self._last_attempt(claim)
+        if retry:
+            self._disks.close()
+        verdict = Verdict() if retry else judge(job, outcome.failures)
+        self._release(
+            claim,
+            remaining=pack_extents(outcome.remaining) if claim.extents else "",
+            done_bytes=done,
+            bytes_read=outcome.bytes_read,
+            bytes_sent=outcome.bytes_sent,
+            count_attempt=bool(outcome.failures) and verdict.action is Action.IGNORE,
+            verdict=verdict,
+        )
+
+    def _give_up(self, job: JobRecord, claim: Claim, error: FlushpointError) -> None:
+        """An error of opening a disk: nothing of the unit is done. A server may come back while a job runs."""
+        first_open = claim.kind is UnitKind.PLAN and job.disk_size == 0
+        transient = isinstance(error, UnavailableError | DiskIOError)
+        if transient and not first_open and not self._last_attempt(claim):
+            log.warning("will try again", job=job.id, unit=claim.unit_id, error=str(error))
+            self._release(claim, remaining=claim.extents, count_attempt=True)
+        else:
+            self._release(claim, remaining=claim.extents, count_attempt=False, verdict=judge_refusal(error))
+
+    def _last_attempt(self, claim: Claim) -> bool:
+        return claim.attempts + 1 >= self._settings.max_attempts
+
+    def _release(
+        self,
+        claim: Claim,
+        *,
+        remaining: str,
+        count_attempt: bool,
+        done_bytes: int = 0,
+        bytes_read: int = 0,
+        bytes_sent: int = 0,
+        verdict: Verdict | None = None,
+    ) -> None:
+        verdict = verdict or Verdict()
+        delay_s = self._settings.retry_delay_s * 2**claim.attempts if count_attempt else 0
+        held = self._ledger.release(
+            claim.job_id,
+            claim.unit_id,
+            claim.token,
+            remaining=remaining,
+            done_bytes=done_bytes,
+            bytes_read=bytes_read,
+            bytes_sent=bytes_sent,
+            count_attempt=count_attempt,
+            delay_ms=int(delay_s * 1000),
+            max_attempts=self._settings.max_attempts,
+            events=verdict.events,
+            changes=verdict.changes or None,
+        )
+        if not held:
+            log.warning("the unit belongs to somebody else", job=claim.job_id, unit=claim.unit_id)
+
+
+def _whole(job: JobRecord) -> Extent:
+    return Extent(0, job.disk_size, Status.DATA)
+
+
+def _flush(target: Target, job: JobRecord) -> Failure | None:
+    try:
+        target.flush()
+    except DiskIOError as error:
+        return Failure(Side.TARGET, error, _whole(job))
+    return None

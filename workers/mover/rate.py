@@ -1,0 +1,29 @@
+"""The rate limit of a job: one bucket in the ledger, shared by all its movers, adjustable while it runs."""
+
+from __future__ import annotations
+
+from coordinator.ledger.contract import Ledger
+from coordinator.model.errors import UnavailableError
+from workers.mover.lease import Lease
+
+BURST_S = 0.1
+"""The bucket holds a tenth of a second, so that a limit is smooth and a changed one is felt at once."""
+
+
+class RateLimit:
+    """Admission of one job's bytes; `lease.speed` is the limit in bytes a second, 0 unlimited."""
+
+    def __init__(self, ledger: Ledger, job_id: str) -> None:
+        self._ledger = ledger
+        self._job_id = job_id
+
+    def admit(self, length: int, lease: Lease) -> bool:
+        """Wait until `length` bytes may go; False if the lease halts meanwhile. A new speed ends an old wait."""
+        speed = lease.speed
+        if speed == 0:
+            return True
+        try:
+            wait_ms = self._ledger.take(self._job_id, length, speed, max(1, int(speed * BURST_S)))
+        except UnavailableError:
+            wait_ms = int(length / speed * 1000)  # alone, at the same speed, until the ledger is back
+        return lease.wait(wait_ms / 1000, lambda: lease.speed != speed)

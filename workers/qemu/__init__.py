@@ -1,0 +1,1 @@
+"""QEMU's own tools as child processes: images are read and written through them, never parsed here."""

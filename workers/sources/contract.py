@@ -1,0 +1,56 @@
+"""What every source of a copy can do. The copy engine knows nothing else about one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from coordinator.model.extent import Extent
+from workers.nbd.endpoint import Endpoint
+
+Identity = tuple[str | int, ...]
+"""Two disks of one identity are one disk: ("inode", dev, ino), ("blockdev", rdev) or ("nbd", address, port, export)."""
+
+
+class Source(Protocol):
+    """A disk that is only read. All sizes and offsets are in bytes.
+
+    Every method but `close` may be called from many threads at once.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def block_size(self) -> int:
+        """Reads are cut at multiples of this; 1 where any byte can be addressed."""
+
+    @property
+    def may_change(self) -> bool:
+        """Somebody may write this disk while it is read, so one pass over it need not be a point in time."""
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The extents of [offset, offset + length), sorted, in bounded memory.
+
+        sync=full and incremental: gapless. top: only what the topmost image holds. dirty: only what the
+        bitmap calls dirty. ZERO and HOLE read as zeroes. In a top or dirty answer such an extent is ZERO,
+        and has to be zeroed on the target, which may hold older data there. DiskIOError, also half way.
+        """
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer from `offset`, or raise DiskIOError."""
+
+    def identity(self) -> Identity:
+        """Which disk this is, whatever it was called."""
+
+    def reads_from(self) -> frozenset[Identity]:
+        """`identity()` and everything under it, such as backing files: none of them may be the target."""
+
+    def fileno(self) -> int | None:
+        """A descriptor whose bytes are the disk's, for copy_file_range; None unless a regular raw file."""
+
+    def nbd_endpoint(self) -> Endpoint | None:
+        """Where the same bytes are served, for splice; None for a file. Valid until `close`."""
+
+    def close(self) -> None:
+        """Give everything back. Harmless when repeated."""

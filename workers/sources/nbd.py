@@ -1,0 +1,101 @@
+"""NBD exports as sources: what a meta context says becomes extents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from coordinator.model.errors import DiskIOError, NotFoundError, UnavailableError
+from coordinator.model.extent import Extent, Status, merge_adjacent
+from coordinator.model.job import Sync
+from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.nbd.session import Session
+from workers.sources.blockstatus import ALLOCATION, allocation, selected, selected_with_zeroes, selecting_context
+from workers.sources.contract import Identity
+
+
+class NbdSource:
+    """An export, over a session of its own."""
+
+    def __init__(
+        self, endpoint: Endpoint, sync: Sync, bitmap: str | None, access: Access | None, connections: int
+    ) -> None:
+        """`access` is None for a server that we started ourselves on a socket of our own."""
+        candidates = access.check_endpoint(endpoint) if access is not None else (endpoint,)
+        self._selector = selecting_context(sync, bitmap)
+        wanted = (ALLOCATION,) if self._selector is None else (ALLOCATION, self._selector)
+        self._session, self._endpoint = open_session(candidates, connections, wanted)
+        self._identity = endpoint_identity(self._endpoint)
+        try:
+            self._check_selector(bitmap)
+        except BaseException:
+            self._session.close()
+            raise
+        self.size = self._session.size
+        self.block_size = self._session.min_block
+        self.may_change = not self._session.read_only
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        return merge_adjacent(self._unmerged(offset, length))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._session.read_into(offset, buffer)
+
+    def identity(self) -> Identity:
+        return self._identity
+
+    def reads_from(self) -> frozenset[Identity]:
+        return frozenset({self._identity})
+
+    def fileno(self) -> int | None:
+        return None
+
+    def nbd_endpoint(self) -> Endpoint | None:
+        return self._endpoint
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _check_selector(self, bitmap: str | None) -> None:
+        if self._selector is None or self._selector in self._session.contexts:
+            return
+        if bitmap is not None:
+            raise NotFoundError(
+                f"the export {self._endpoint} does not offer the dirty bitmap {bitmap!r}",
+                f"export it (qemu-nbd -B {bitmap}), or compare with --sync incremental",
+            )
+        raise NotFoundError(
+            f"the export {self._endpoint} does not tell which image of a chain holds what",
+            "export it with qemu-nbd -A, or copy with --sync full",
+        )
+
+    def _unmerged(self, offset: int, length: int) -> Iterator[Extent]:
+        known = ALLOCATION in self._session.contexts
+        if self._selector is None:
+            if not known:
+                return iter((Extent(offset, length, Status.DATA),))
+            return allocation(self._session, offset, length)
+        if not known:
+            return selected(self._session, self._selector, offset, length)
+        return selected_with_zeroes(self._session, self._selector, offset, length)
+
+
+def open_session(
+    candidates: tuple[Endpoint, ...], connections: int, contexts: tuple[str, ...]
+) -> tuple[Session, Endpoint]:
+    """A session with the first address of a server that answers."""
+    for candidate in candidates[:-1]:
+        try:
+            return Session.open(candidate, connections, contexts=contexts), candidate
+        except (UnavailableError, DiskIOError):
+            continue  # a host with several addresses need not listen on all; the last one's error is told
+    return Session.open(candidates[-1], connections, contexts=contexts), candidates[-1]
+
+
+def endpoint_identity(endpoint: Endpoint) -> Identity:
+    """One server by whatever name; the socket's inode where there is one."""
+    if endpoint.socket_path is not None:
+        status = os.stat(endpoint.socket_path)  # noqa: PTH116 - two numbers, no path wanted
+        return ("nbd", f"{status.st_dev}:{status.st_ino}", 0, endpoint.export)
+    return ("nbd", endpoint.host or "", endpoint.port, endpoint.export)

@@ -1,0 +1,84 @@
+"""qcow2 images as sources: a qemu-nbd of our own serves the image, an NbdSource reads it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from coordinator.model.errors import DiskIOError, UnavailableError
+from coordinator.model.job import Sync
+from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.qemu import locks
+from workers.qemu.image import Image, bitmap_for_reading, inspect
+from workers.qemu.server import QemuNbd
+from workers.sources.contract import Identity
+from workers.sources.nbd import NbdSource
+from workers.sources.rawdisk import RawDisk
+
+
+class Qcow2Source(NbdSource):
+    """An image and its backing chain, opened read-only.
+
+    An image that nobody writes is locked against a writer until close(), as by qemu-img. One that a running
+    QEMU writes is read beside it: what that QEMU still holds in memory is not seen, hence `may_change`.
+    """
+
+    def __init__(self, path: str, sync: Sync, bitmap: str | None, access: Access, connections: int) -> None:
+        top = RawDisk.open(path, os.O_RDONLY, access)
+        try:
+            in_use = locks.has_writer(top.fd)
+            image = inspect(access.check_path(path, must_exist=True), access)
+            if bitmap is not None:
+                bitmap_for_reading(image, bitmap, in_use)
+            self._image_identity = top.identity()
+        finally:
+            top.close()
+        self._chain = frozenset(_identity_of(i, access) for i in image.chain())
+        self._server = QemuNbd(_node(image, in_use), _options(sync, bitmap))
+        try:
+            super().__init__(Endpoint.parse(self._server.uri), sync, bitmap, None, connections)
+        except (DiskIOError, UnavailableError) as error:
+            death = self._server.death()
+            self._server.close()
+            raise (death or error) from error
+        except BaseException:
+            self._server.close()
+            raise
+        self.may_change = in_use
+
+    @property
+    def server_pid(self) -> int:
+        return self._server.pid
+
+    def identity(self) -> Identity:
+        return self._image_identity
+
+    def reads_from(self) -> frozenset[Identity]:
+        return self._chain
+
+    def close(self) -> None:
+        super().close()
+        self._server.close()
+
+
+def _node(image: Image, in_use: bool) -> dict[str, Any]:
+    # force-share reaches every image of the chain. Without it a writer that came now would be kept out.
+    return {**image.node(), "force-share": True} if in_use else image.node()
+
+
+def _options(sync: Sync, bitmap: str | None) -> list[str]:
+    options = ["--read-only"]
+    if sync is Sync.TOP:
+        options.append("--allocation-depth")
+    if bitmap is not None:
+        options.append(f"--bitmap={bitmap}")
+    return options
+
+
+def _identity_of(image: Image, access: Access) -> Identity:
+    disk = RawDisk.open(image.path, os.O_RDONLY, access)
+    try:
+        return disk.identity()
+    finally:
+        disk.close()

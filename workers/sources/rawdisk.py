@@ -1,0 +1,127 @@
+"""A regular file or block device held open: what raw sources and raw targets share."""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import stat
+from typing import Self
+
+from coordinator.model.errors import DiskIOError, Next, NotFoundError, RefusedError
+from workers.access import Access
+from workers.sources.contract import Identity
+
+_BLKSSZGET = 0x1268  # <linux/fs.h>: logical sector size, int
+
+
+class RawDisk:
+    """An open file or device. `fd` is valid until close(); `size` is what it was when opened, in bytes."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        status = os.fstat(fd)
+        self.path = path
+        self.fd = fd
+        self.is_device = stat.S_ISBLK(status.st_mode)
+        self._status = status
+        self.size = os.lseek(fd, 0, os.SEEK_END) if self.is_device else status.st_size
+        self.block_size = _sector_size(fd) if self.is_device else 1
+
+    @classmethod
+    def open(cls, path: str, flags: int, access: Access, mode: int = 0o600) -> Self:
+        """Open `path` if `access` allows it, and what was opened is where it was thought to be.
+
+        NotFoundError or RefusedError name the path. Nothing but regular files and block devices is opened.
+        """
+        resolved = access.check_path(path, must_exist=not flags & os.O_CREAT)
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for its other end. It means nothing to a file.
+            fd = os.open(resolved, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+        except OSError as error:
+            raise _opening_failed(path, flags, error) from error
+        try:
+            kind = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+                raise RefusedError(f"{path} is neither a regular file nor a block device", "name the disk itself")
+            access.check_open_file(fd, path)
+            return cls(path, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def is_claimed(self) -> bool:
+        """Whether somebody holds this block device for himself: a mounted file system, LVM, RAID."""
+        if not self.is_device:
+            return False
+        try:
+            os.close(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno == errno.EBUSY
+        return False
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer, or DiskIOError; a file that became shorter is an error, not zeroes."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise self.failed("read", offset + done, len(buffer) - done, error) from error
+            if count == 0:
+                raise DiskIOError(
+                    f"{self.path} ends before byte {offset + len(buffer)}: it is shorter than when it was opened",
+                    offset=offset + done,
+                    length=len(buffer) - done,
+                    next_=Next.GIVE_UP,
+                    remedy="do not resize a disk while it is copied",
+                )
+            done += count
+
+    def identity(self) -> Identity:
+        if self.is_device:
+            return ("blockdev", self._status.st_rdev)
+        return ("inode", self._status.st_dev, self._status.st_ino)
+
+    def failed(self, verb: str, offset: int, length: int, error: OSError, next_: Next = Next.RETRY) -> DiskIOError:
+        number = error.errno or errno.EIO
+        remedy = "make room for it" if number in (errno.ENOSPC, errno.EDQUOT) else "look at the kernel's log"
+        where = f" {length} bytes at {offset}" if length else ""
+        return DiskIOError(
+            f"cannot {verb}{where} of {self.path}: {os.strerror(number)}",
+            errno_=number,
+            offset=offset,
+            length=length,
+            next_=next_,
+            remedy=remedy,
+        )
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _sector_size(fd: int) -> int:
+    answer = array.array("i", [0])
+    fcntl.ioctl(fd, _BLKSSZGET, answer)
+    return answer[0]
+
+
+def _opening_failed(path: str, flags: int, error: OSError) -> RefusedError:
+    verb = "written" if flags & (os.O_WRONLY | os.O_RDWR) else "read"
+    match error.errno:
+        case errno.ENOENT:
+            return NotFoundError(f"{path} does not exist", "check the path on the worker's host")
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return RefusedError(
+                f"{path} cannot be {verb}: {error.strerror}", "give the worker's user access, or name another disk"
+            )
+        case errno.EEXIST:
+            return RefusedError(f"{path} appeared while it was being made", "try again")
+        case errno.ELOOP:
+            return RefusedError(f"{path} became a symbolic link while it was opened", "name the file itself")
+        case errno.ENXIO:
+            return RefusedError(f"{path} is neither a regular file nor a block device", "name the disk itself")
+        case _:
+            return RefusedError(f"{path} cannot be opened: {error.strerror}", "look at the worker's host")

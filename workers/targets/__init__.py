@@ -1,0 +1,90 @@
+"""Disks that are copied to: one module a kind, one contract (contract.py)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from coordinator.model.job import Sync
+from coordinator.model.uri import DiskUri
+from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.qemu.image import inspect
+from workers.sources.contract import Identity
+from workers.sources.nbd import NbdSource
+from workers.sources.rawdisk import RawDisk
+from workers.targets.contract import Target
+from workers.targets.nbd import NbdTarget
+from workers.targets.prepare import Wish, check_size, prepare_qcow2, prepare_raw
+from workers.targets.qcow2 import Qcow2Target
+from workers.targets.raw import RawTarget
+
+__all__ = ["Identity", "Target", "existing_target_identity", "existing_target_size", "open_target"]
+
+
+def open_target(
+    uri: DiskUri,
+    size: int,
+    access: Access,
+    overwrite: bool,
+    create: bool,
+    connections: int = 2,
+    keep: bool = False,
+) -> Target:
+    """Open a disk of at least `size` bytes to be written; the caller closes it.
+
+    `create` makes or resizes a file first (see prepare.py) and is for the plan unit; without it the target
+    must exist. `keep`: the target holds an older copy that is updated. RefusedError or NotFoundError leaves
+    everything as it was. Ask `existing_target_identity` before: this may destroy what the source reads.
+    """
+    if uri.kind == "file" and create:
+        prepare = prepare_qcow2 if uri.format == "qcow2" else prepare_raw
+        prepare(uri.path, size, access, Wish(overwrite=overwrite, keep=keep))
+    target = _open(uri, access, connections)
+    try:
+        check_size(str(uri), target.size, size)
+    except BaseException:
+        target.close()
+        raise
+    return target
+
+
+def existing_target_size(uri: DiskUri, access: Access) -> int | None:
+    """Size in bytes of the disk at `uri`, None for a file that does not exist. Changes nothing."""
+    if uri.kind == "nbd":
+        export = _read_export(uri, access)
+        export.close()
+        return export.size
+    resolved = Path(access.check_path(uri.path, must_exist=False))
+    if not resolved.exists():
+        return None
+    disk = RawDisk.open(uri.path, os.O_RDONLY, access)
+    disk.close()
+    if uri.format == "qcow2" and disk.size > 0:
+        return inspect(str(resolved), access).virtual_size
+    return disk.size
+
+
+def existing_target_identity(uri: DiskUri, access: Access) -> Identity | None:
+    """Which disk is at `uri`, None for a file that does not exist. Changes nothing."""
+    if uri.kind == "nbd":
+        export = _read_export(uri, access)
+        export.close()
+        return export.identity()
+    if not Path(access.check_path(uri.path, must_exist=False)).exists():
+        return None
+    disk = RawDisk.open(uri.path, os.O_RDONLY, access)
+    disk.close()
+    return disk.identity()
+
+
+def _open(uri: DiskUri, access: Access, connections: int) -> Target:
+    if uri.kind == "nbd":
+        return NbdTarget(Endpoint.parse(uri.nbd_uri), access, connections)
+    if uri.format == "qcow2":
+        return Qcow2Target(uri.path, access, connections)
+    return RawTarget(uri.path, access)
+
+
+def _read_export(uri: DiskUri, access: Access) -> NbdSource:
+    return NbdSource(Endpoint.parse(uri.nbd_uri), Sync.FULL, None, access, connections=1)

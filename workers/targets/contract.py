@@ -1,0 +1,58 @@
+"""What every target of a copy can do. The copy engine knows nothing else about one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from workers.nbd.endpoint import Endpoint
+from workers.sources.contract import Identity
+
+
+class Target(Protocol):
+    """A disk that is written. All sizes and offsets are in bytes.
+
+    Every method but `close` may be called from many threads at once. Errors of the disk are DiskIOErrors
+    that carry the errno (ENOSPC for a full one).
+    """
+
+    @property
+    def size(self) -> int:
+        """May be larger than the source: a device or export is used from its start."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def max_writers(self) -> int:
+        """How many processes may hold this target open for writing at once; 0 is unlimited."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """All of `data`, or DiskIOError. Durable only after `flush`."""
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """The range reads as zeroes afterwards; space is given back where that is possible."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer from `offset`, to compare."""
+
+    def flush(self) -> None:
+        """Every write that returned before this call is durable when it returns.
+
+        After one failed flush every later one fails too: the kernel reports a failed write-back once and
+        then forgets the lost pages, so only a target opened anew, and written anew, can be trusted.
+        """
+
+    def identity(self) -> Identity:
+        """Which disk this is, whatever it was called."""
+
+    def fileno(self) -> int | None:
+        """A descriptor to copy_file_range into; None unless a regular raw file."""
+
+    def nbd_endpoint(self) -> Endpoint | None:
+        """Where the same bytes are served; None for a file. Valid until `close`.
+
+        Writes over a connection of the caller's own are covered by `flush` only under CAN_MULTI_CONN.
+        """
+
+    def close(self) -> None:
+        """Give everything back; does not flush. Harmless when repeated."""

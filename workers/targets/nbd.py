@@ -1,0 +1,51 @@
+"""NBD exports as targets."""
+
+from __future__ import annotations
+
+from coordinator.model.errors import RefusedError
+from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.sources.contract import Identity
+from workers.sources.nbd import endpoint_identity, open_session
+
+
+class NbdTarget:
+    """An export, over a session of its own. One process may write it, unless the server is multi-conn."""
+
+    max_writers: int
+
+    def __init__(self, endpoint: Endpoint, access: Access | None, connections: int) -> None:
+        """`access` is None for a server that we started ourselves. RefusedError for a read-only export."""
+        candidates = access.check_endpoint(endpoint) if access is not None else (endpoint,)
+        self._session, self._endpoint = open_session(candidates, connections, contexts=())
+        self._identity = endpoint_identity(self._endpoint)
+        if self._session.read_only:
+            self._session.close()
+            raise RefusedError(f"the export {endpoint} is read-only", "export it writable, or name another target")
+        self.size = self._session.size
+        self.block_size = self._session.min_block
+        self.max_writers = 0 if self._session.can_multi_conn else 1
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._session.write(offset, data)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        self._session.write_zeroes(offset, length)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._session.read_into(offset, buffer)
+
+    def flush(self) -> None:
+        self._session.flush()
+
+    def identity(self) -> Identity:
+        return self._identity
+
+    def fileno(self) -> int | None:
+        return None
+
+    def nbd_endpoint(self) -> Endpoint | None:
+        return self._endpoint
+
+    def close(self) -> None:
+        self._session.close()
