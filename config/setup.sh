@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Sets the machine up for working on Flushpoint. Called by the Makefile; running it again is quick.
+#
+#   config/setup.sh venv DIR     a virtual environment with exactly the packages of requirements.lock
+#   config/setup.sh system       the programs that tests and the demo use, through apt where allowed
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+# program -> Debian and Ubuntu package that holds it
+programs=(
+    qemu-img:qemu-utils
+    qemu-io:qemu-utils
+    qemu-nbd:qemu-utils
+    qemu-storage-daemon:qemu-system-common
+    nbdkit:nbdkit
+    nbdcopy:libnbd-bin
+    nbdinfo:libnbd-bin
+    rabbitmq-server:rabbitmq-server
+    openssl:openssl
+    certtool:gnutls-bin
+    ip:iproute2
+    nft:nftables
+)
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "setup: $*"; exit 1; }
+has() { command -v "$1" >/dev/null 2>&1; }
+
+# "", "sudo -n" (needs no password) or "sudo" (asks for one on a terminal); fails where apt may not be used.
+apt_prefix() {
+    has apt-get || return 1
+    if [ "$(id -u)" -eq 0 ]; then return 0; fi
+    has sudo || return 1
+    if sudo -n true 2>/dev/null; then echo "sudo -n"; return 0; fi
+    if [ -t 0 ]; then echo sudo; return 0; fi
+    return 1
+}
+
+# Installs packages without starting the services that some of them bring.
+apt_install() {
+    local prefix policy=/usr/sbin/policy-rc.d made_policy="" had_rabbit=""
+    if ! prefix=$(apt_prefix); then
+        say "setup: these packages are missing, and apt cannot be used here (it needs root or sudo, on Debian or Ubuntu):"
+        say "    $*"
+        say "install them (apt-get install $*), or what holds the same programs elsewhere, and run make again"
+        return 1
+    fi
+    has rabbitmq-server && had_rabbit=yes
+    if [ ! -e "$policy" ]; then
+        # Exit code 101 forbids the packages' scripts to start a service (invoke-rc.d(8)): tests start
+        # their own, and a container has nothing to start one with.
+        printf '#!/bin/sh\nexit 101\n' | $prefix tee "$policy" >/dev/null
+        $prefix chmod 755 "$policy"
+        made_policy=yes
+    fi
+    local status=0
+    { $prefix apt-get -qq update &&
+        $prefix env DEBIAN_FRONTEND=noninteractive \
+            apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 install "$@"; } </dev/null >&2 || status=$?
+    [ -z "$made_policy" ] || $prefix rm -f "$policy"
+    if [ "$status" -ne 0 ]; then
+        say "setup: apt-get could not install: $*; see its messages above"
+        return 1
+    fi
+    if [ -z "$had_rabbit" ] && has rabbitmq-server && [ -d /run/systemd/system ]; then
+        # Brought by us for the tests: it shall not start at the next boot either.
+        $prefix systemctl disable --quiet rabbitmq-server || say "setup: could not disable the service rabbitmq-server"
+    fi
+}
+
+missing_packages() {
+    local entry
+    for entry in "${programs[@]}"; do
+        has "${entry%%:*}" || echo "${entry#*:}"
+    done | sort -u
+}
+
+system() {
+    local missing
+    missing=$(missing_packages | tr '\n' ' ')
+    [ -n "${missing// /}" ] || return 0
+    say "setup: installing ${missing% }"
+    # shellcheck disable=SC2086
+    apt_install $missing || exit 1
+    hash -r
+    missing=$(missing_packages | tr '\n' ' ')
+    [ -z "${missing// /}" ] || die "apt installed ${missing% }, but their programs are still not on the PATH"
+}
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+# The interpreter to use: $PYTHON, else python3, else the newest of the named ones.
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        is_new_enough "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.11 or newer"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if has "$candidate" && is_new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "Python 3.11 or newer is needed, and python3 is $(python3 --version 2>&1 || echo 'not there'); install one, or name it: make PYTHON=/path/to/python3.11"
+}
+
+venv() {
+    local dir=$1 python package
+    if ! "$dir/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python)
+        if ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+            # Debian splits both off: python3-venv for python3, python3.12-venv for python3.12
+            package=$(basename "$python")-venv
+            say "setup: $python has no venv module; it is in the package $package"
+            apt_install "$package" || exit 1
+        fi
+        say "setup: making $dir with $("$python" --version)"
+        "$python" -m venv --clear "$dir" || die "$python -m venv failed; see its message above"
+    fi
+    is_new_enough "$dir/bin/python" || die "$dir holds $("$dir/bin/python" --version); remove it and run make again"
+    say "setup: installing the packages of requirements.lock in $dir"
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes \
+        -r "$root/requirements.lock" || die "pip could not install requirements.lock; see its message above"
+    # setuptools warns that an editable installation is one.
+    PYTHONWARNINGS=ignore "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+        --editable "$root" || die "pip could not install the project itself; see its message above"
+}
+
+case "${1:-}" in
+    system) system ;;
+    venv) venv "${2:?name the directory of the virtual environment}" ;;
+    *) die "usage: config/setup.sh system | venv DIR" ;;
+esac

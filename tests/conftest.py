@@ -1,0 +1,51 @@
+"""What all tests share: programs they need, a fast directory, how to repeat what hypothesis found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+_SYSTEM_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+"""Servers such as nft and rabbitmq-server live here; the PATH of an ordinary user lacks it."""
+_SHM = Path("/dev/shm")
+_SHM_FREE_BYTES = 2 * 1024**3
+"""Tests of whole disks write some hundred MiB each, two of them at a time."""
+
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *_SYSTEM_PATHS])
+
+settings.register_profile("flushpoint", print_blob=True, deadline=None)
+settings.load_profile("flushpoint")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`needs(program, …)`: without it a laptop skips the test, and CI fails it."""
+    for mark in item.iter_markers("needs"):
+        for program in mark.args:
+            if shutil.which(program) is not None:
+                continue
+            reason = f"{program} is not on the PATH: `make system` installs it"
+            if os.environ.get("CI"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
+
+
+@pytest.fixture
+def tmpfs_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is room for it, else on disk; gone after the test.
+
+    Its path is short, so that unix sockets (107 bytes) fit in it.
+    """
+    if not _SHM.is_dir() or shutil.disk_usage(_SHM).free < _SHM_FREE_BYTES:
+        yield tmp_path
+        return
+    path = Path(tempfile.mkdtemp(prefix="flushpoint-", dir=_SHM))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
