@@ -316,6 +316,7 @@ class MemoryLedger:
                 job.record.len += planned.bytes
             job.record.plan_cursor = new_cursor
             self._refresh(job)
+            self._wake(job_id)
             return True
 
     def finish(

@@ -102,11 +102,15 @@ class ControlLoop:
     def _recover(self, term: Term) -> str:
         """The server restarted: writes may be lost, so every lease is doubted and none granted for a while.
 
-        Holders of leases the ledger no longer knows stop by their own clock within `lease_s`.
+        Holders of leases the ledger no longer knows stop by their own clock within `lease_s`. Without a job that is
+        under way nobody can hold one that a claim could collide with.
         """
-        ready_again = self._ledger.adopt_run(term, hold_ms=int(self._settings.lease_s * 1000))
+        hold_s = self._settings.lease_s if self._ledger.active_jobs() else 0.0
+        ready_again = self._ledger.adopt_run(term, hold_ms=int(hold_s * 1000))
         self._next_sweep = 0.0
-        return f"the ledger's server restarted: {ready_again} units are ready again, claims wait for old leases to end"
+        return (
+            f"adopts the ledger's server: {ready_again} units are ready again, claims wait {hold_s:g} s for old leases"
+        )
 
     def _sweep(self, term: Term) -> list[str]:
         sentences = [
