@@ -89,7 +89,8 @@ class Ledger(Protocol):
 
     def adopt_run(self, term: Term, hold_ms: int) -> int:
         """Record the server's run_id, make every leased unit ready and suspect (expired += 1), and hand out
-        no claim for `hold_ms` (the longest lease granted before). Returns the number of units made ready."""
+        no claim for `hold_ms` (the longest lease granted before), unless no run was recorded yet.
+        Returns the number of units made ready."""
 
     # -- leadership -----------------------------------------------------------------------------------------
     def lead(self, nonce: str, ttl_ms: int, at_least: int = 0) -> Term | None:
@@ -140,7 +141,8 @@ class Ledger(Protocol):
     # -- units --------------------------------------------------------------------------------------------------
     def claim(self, worker: str, token: str, lease_ms: int) -> Claim | None:
         """The next ready unit of a job that may run (state running or ready or waiting, no pause or
-        cancel requested, fewer than max_writers units leased where max_writers > 0), round robin over jobs.
+        cancel requested, no fatal error, fewer than max_writers units leased where max_writers > 0), round
+        robin over jobs.
         `token` is random and becomes the lease's. None: nothing is ready, or claims are held back."""
 
     def renew(self, job_id: str, unit_id: str, token: str, lease_ms: int) -> Directive: ...
@@ -161,7 +163,8 @@ class Ledger(Protocol):
         units: Sequence[PlannedUnit],
     ) -> bool:
         """A plan unit's holder adds units and moves plan_cursor from `cursor` to `new_cursor`; `len` and
-        units_ready grow. False, and nothing changes, if stale or the cursor is elsewhere."""
+        units_ready grow. False, and nothing changes, if stale or the cursor is elsewhere. Wakes the leader, for
+        doorbells, without a change of version: it has nothing to decide anew."""
 
     def finish(
         self,

@@ -65,7 +65,7 @@ class _Job:
     @property
     def may_run(self) -> bool:
         job = self.record
-        return job.state in _RUNS and not job.pause_requested and not job.cancel_requested
+        return job.state in _RUNS and not (job.pause_requested or job.cancel_requested or job.fatal)
 
     @property
     def claimable(self) -> int:
@@ -133,7 +133,7 @@ class MemoryLedger:
     def adopt_run(self, term: Term, hold_ms: int) -> int:
         with self._changed:
             self._fence(term)
-            self._hold_until = self._now_ms() + hold_ms
+            self._hold_until = self._now_ms() + (hold_ms if self._adopted_run else 0)
             self._adopted_run = self._run
             over = sorted(self._leases, key=lambda member: (self._leases[member], "/".join(member)))
             for job_id, unit_id in over:

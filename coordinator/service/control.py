@@ -77,7 +77,7 @@ class ControlLoop:
     def cycle(self) -> list[str]:
         """One turn: lead, recover if the server restarted, sweep or wait for a wake-up, ring."""
         term = self._ledger.lead(
-            self._nonce, int(self._settings.leader_ttl_s * 1000), at_least=self._highest_generation
+            self._nonce, int(self._settings.leader_ttl_s * 1000), at_least=0 if self._term else self._highest_generation
         )
         if term is None:
             self._step_down()
@@ -108,9 +108,7 @@ class ControlLoop:
         hold_s = self._settings.lease_s if self._ledger.active_jobs() else 0.0
         ready_again = self._ledger.adopt_run(term, hold_ms=int(hold_s * 1000))
         self._next_sweep = 0.0
-        return (
-            f"adopts the ledger's server: {ready_again} units are ready again, claims wait {hold_s:g} s for old leases"
-        )
+        return f"adopts the ledger's server: {ready_again} units are ready again, claims wait up to {hold_s:g} s"
 
     def _sweep(self, term: Term) -> list[str]:
         sentences = [

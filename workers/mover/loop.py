@@ -21,7 +21,7 @@ from workers.mover.failpoint import pass_point
 from workers.mover.lease import Halt, Lease, LeaseLostError
 from workers.mover.planning import Planner
 from workers.mover.rate import RateLimit
-from workers.mover.verdict import Verdict, judge, judge_refusal
+from workers.mover.verdict import Verdict, judge, judge_refusal, note
 from workers.targets.contract import Target
 
 log = structlog.get_logger()
@@ -164,7 +164,7 @@ class Mover:
         retry = bool(broken) and len(broken) == len(outcome.failures) and not self._last_attempt(claim)
         if retry:
             self._disks.close()
-        verdict = Verdict() if retry else judge(job, outcome.failures)
+        verdict = note(job, outcome.failures) if retry else judge(job, outcome.failures)
         self._release(
             claim,
             remaining=pack_extents(outcome.remaining) if claim.extents else "",

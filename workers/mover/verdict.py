@@ -46,6 +46,11 @@ def judge(job: JobRecord, failures: Sequence[Failure]) -> Verdict:
     return Verdict(action, changes, tuple(_event(job, act, f) for act, f in judged[:EVENTS_A_UNIT]))
 
 
+def note(job: JobRecord, failures: Sequence[Failure]) -> Verdict:
+    """A lost connection that will be tried again: no policy is asked yet, but every I/O error is an event."""
+    return Verdict(events=tuple(_event(job, Action.IGNORE, f) for f in failures[:EVENTS_A_UNIT]))
+
+
 def judge_refusal(error: FlushpointError) -> Verdict:
     """An error that no policy is asked about: a disk that is missing, too small, forbidden."""
     return Verdict(Action.REPORT, {"fatal": True, "error": str(error), "error_code": error.code})

@@ -5,8 +5,11 @@
 if deposed(ARGV[1], ARGV[2]) then
   return -1
 end
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+-- A ledger without any record of a run is new: nobody was ever granted a lease by it.
+local hold = redis.call('EXISTS', P .. 'run') == 1 and tonumber(ARGV[3]) or 0
 -- A renewal may be among the writes that were lost, so a holder may live as long as claims are held back.
-local over = int(now_ms + tonumber(ARGV[3]))
+local over = int(now_ms + hold)
 local members = redis.call('ZRANGE', P .. 'leases', 0, -1)
 for _, member in ipairs(members) do
   local job, unit = string.match(member, '^(.*)/([^/]*)$')
@@ -17,6 +20,6 @@ for _, member in ipairs(members) do
   append_ready(job, unit)
   refresh(job)
 end
-redis.call('SET', P .. 'run', string.match(redis.call('INFO', 'server'), 'run_id:(%x+)'))
+redis.call('SET', P .. 'run', run)
 redis.call('SET', P .. 'hold', over)
 return #members

@@ -30,9 +30,10 @@ end
 
 local RUNS = { running = true, ready = true, waiting = true }
 
--- True where units of the job may be worked on; f is HMGET of state, pause_requested, cancel_requested.
-local function may_run(f)
-  return RUNS[f[1]] ~= nil and f[2] ~= '1' and f[3] == ''
+-- True where units of the job may be worked on.
+local function may_run(job)
+  local f = redis.call('HMGET', job_key(job), 'state', 'pause_requested', 'cancel_requested', 'fatal')
+  return RUNS[f[1]] ~= nil and f[2] ~= '1' and f[3] == '' and f[4] ~= '1'
 end
 
 -- The control loop looks at the job again; many wakes before it does are one.
@@ -49,9 +50,8 @@ end
 -- After a lease of a job ended: the control loop waits for this when nothing is left to do, and when nobody
 -- may go on (it pauses and concludes a job only once no unit is leased).
 local function announce_if_idle(job)
-  local f = redis.call('HMGET', job_key(job),
-    'state', 'pause_requested', 'cancel_requested', 'units_ready', 'units_leased')
-  if f[5] == '0' and (f[4] == '0' or not may_run(f)) then
+  local f = redis.call('HMGET', job_key(job), 'units_ready', 'units_leased')
+  if f[2] == '0' and (f[1] == '0' or not may_run(job)) then
     announce(job)
   end
 end
@@ -70,10 +70,9 @@ end
 
 -- Put the job among the runnable ones, or take it away: after every change of what decides that.
 local function refresh(job)
-  local f = redis.call('HMGET', job_key(job),
-    'state', 'pause_requested', 'cancel_requested', 'max_writers', 'units_leased')
-  local writers = tonumber(f[4] or 0)
-  if f[1] and may_run(f) and (writers == 0 or tonumber(f[5]) < writers)
+  local f = redis.call('HMGET', job_key(job), 'max_writers', 'units_leased')
+  local writers = tonumber(f[1] or 0)
+  if may_run(job) and (writers == 0 or tonumber(f[2]) < writers)
       and redis.call('EXISTS', ready_key(job)) == 1 then
     if not redis.call('ZSCORE', P .. 'runnable', job) then
       redis.call('ZADD', P .. 'runnable', redis.call('INCR', P .. 'turn'), job)

@@ -9,5 +9,4 @@ end
 local over = int(now_ms + tonumber(ARGV[4]))
 redis.call('HSET', unit_key(job, unit), 'until', over)
 redis.call('ZADD', P .. 'leases', over, job .. '/' .. unit)
-local f = redis.call('HMGET', job_key(job), 'state', 'pause_requested', 'cancel_requested', 'speed')
-return { 1, may_run(f) and 1 or 0, f[4] }
+return { 1, may_run(job) and 1 or 0, redis.call('HGET', job_key(job), 'speed') }

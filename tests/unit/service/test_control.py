@@ -1,0 +1,125 @@
+"""The control loop over the in-memory ledger: its sentences, its fencing, its doorbells."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.ledger import DeposedError, Finished, MemoryLedger
+from coordinator.model.errors import UnavailableError
+from coordinator.model.extent import Extent, Status
+from coordinator.model.job import JobSpec, State
+from coordinator.model.messages import Doorbell
+from coordinator.model.units import UnitKind, plan_units
+from coordinator.service.control import ControlLoop
+from coordinator.service.dispatcher import BELLS_PER_SLOT, Dispatcher
+from coordinator.settings import Settings
+
+SPEC = JobSpec(source="/s", target="/t")
+LEASE_MS = 15_000
+
+
+class Bench:
+    """One coordinator over one ledger, with the doorbells it sent."""
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self.ledger = ledger
+        self.settings = Settings(cycle_s=0.01, leader_ttl_s=5)
+        self.bells: list[Doorbell] = []
+        self.control = self.another()
+
+    def another(self) -> ControlLoop:
+        return ControlLoop(self.ledger, self.settings, Dispatcher(self.ledger, self.settings, self.bells.append))
+
+    def cycles(self, count: int = 4) -> list[str]:
+        return [sentence for _ in range(count) for sentence in self.control.cycle()]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(MemoryLedger())
+
+
+def copy_everything(ledger: MemoryLedger) -> None:
+    """A mover without disks."""
+    while (claim := ledger.claim("m", f"t{ledger.last_event_id()}{id(object())}", LEASE_MS)) is not None:
+        if claim.kind is UnitKind.PLAN:
+            ledger.opened(claim.job_id, claim.unit_id, claim.token, {"disk_size": 100, "max_writers": 0})
+            units = list(plan_units([Extent(0, 100, Status.DATA)], 100))
+            assert ledger.add_units(claim.job_id, claim.unit_id, claim.token, UnitKind.COPY, 0, 100, units)
+        assert ledger.finish(claim.job_id, claim.unit_id, claim.token) is Finished.DONE
+
+
+def test_a_job_is_driven_from_created_to_concluded(bench: Bench) -> None:
+    bench.ledger.submit("j", SPEC)
+    sentences = bench.cycles()
+    assert "job j starts with a copy pass" in sentences
+    assert bench.bells
+    for _ in range(4):
+        copy_everything(bench.ledger)
+        sentences += bench.cycles()
+    assert [s for s in sentences if s.startswith("job j")] == [
+        "job j starts with a copy pass",
+        "job j everything is copied, settles",
+        "job j ready",
+        "job j completes",
+        "job j in sync and flushed",
+        "job j concluded",
+    ]
+    job = bench.ledger.job("j").job
+    assert job.state is State.CONCLUDED
+    assert job.len == job.offset == 100
+
+
+def test_a_second_coordinator_only_watches(bench: Bench) -> None:
+    bench.cycles(1)
+    other = bench.another()
+    other.cycle()
+    assert bench.control.leads
+    assert not other.leads
+
+
+def test_a_leader_keeps_its_generation_from_cycle_to_cycle(bench: Bench) -> None:
+    assert [s for s in bench.cycles(10) if s.startswith("leads")] == ["leads with generation 1"]
+
+
+def test_a_deposed_coordinator_changes_nothing(bench: Bench) -> None:
+    bench.ledger.submit("j", SPEC)
+    first = bench.ledger.lead("first", 60_000)
+    assert first is not None
+    bench.ledger.resign(first)
+    assert bench.ledger.lead("second", 60_000) is not None
+    with pytest.raises(DeposedError):
+        bench.control.visit("j", first)
+    assert bench.ledger.job("j").job.state is State.CREATED
+
+
+def test_a_restarted_server_is_adopted_before_anything_is_claimed(bench: Bench) -> None:
+    bench.ledger.submit("j", SPEC)
+    bench.cycles()
+    bench.ledger.restart()
+    assert bench.ledger.claim("m", "t", LEASE_MS) is None
+    sentences = bench.cycles()
+    assert any(s.startswith("adopts the ledger's server") and "wait up to 15 s" in s for s in sentences)
+
+
+def test_an_idle_deployment_waits_for_nobody(bench: Bench) -> None:
+    assert any("wait up to 0 s" in s for s in bench.cycles(1))
+
+
+def test_doorbells_outstanding_are_at_most_two_a_slot(bench: Bench) -> None:
+    bench.ledger.worker_alive("w", "mover", 3, 60_000)
+    for n in range(50):
+        bench.ledger.submit(f"j{n}", SPEC)
+    bench.cycles(60)
+    assert len(bench.bells) == BELLS_PER_SLOT * 3
+
+
+def test_a_broker_that_is_away_stops_no_decision(bench: Bench) -> None:
+    def refuse(bell: Doorbell) -> None:
+        raise UnavailableError("no broker")
+
+    control = ControlLoop(bench.ledger, bench.settings, Dispatcher(bench.ledger, bench.settings, refuse))
+    bench.ledger.submit("j", SPEC)
+    with pytest.raises(UnavailableError):
+        control.cycle()
+    assert bench.ledger.job("j").job.state is State.RUNNING
