@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 
@@ -160,7 +161,7 @@ class Mover:
         """Release what remains: unchanged for a pause or a slice, by the error policy for failures."""
         left = sum(e.length for e in outcome.remaining)
         done = sum(e.length for e in extents) - left
-        broken = [f for f in outcome.failures if f.error.next is Next.RECONNECT]
+        broken = [f for f in outcome.failures if f.error.next is Next.RECONNECT and f.error.errno != errno.ENOSPC]
         retry = bool(broken) and len(broken) == len(outcome.failures) and not self._last_attempt(claim)
         if retry:
             self._disks.close()
