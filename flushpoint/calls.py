@@ -192,9 +192,7 @@ def wait(
     while found.state not in last:
         left_s = POLL_S if deadline is None else deadline - time.monotonic()
         if left_s <= 0:
-            raise UnavailableError(
-                f"job {job_id} is still {found.state} after {timeout_s:g} s", "wait for it again"
-            )
+            raise UnavailableError(f"job {job_id} is still {found.state} after {timeout_s:g} s", "wait for it again")
         found = yield _await_change(job_id, found.state, min(left_s, POLL_S))
     yield Item(found)
 

@@ -286,7 +286,5 @@ def _request(http: httpx.Client | httpx.AsyncClient, call: Call[Any]) -> httpx.R
         params=dict(call.params),
         content=call.body,
         headers=headers,
-        timeout=httpx.Timeout(
-            ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, read=ANSWER_TIMEOUT_S + call.wait_s
-        ),
+        timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, read=ANSWER_TIMEOUT_S + call.wait_s),
     )

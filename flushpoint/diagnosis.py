@@ -137,11 +137,7 @@ def _copy_file_range(descriptor: int, other: int) -> None:
 
 def _stack(state: StateDir) -> Finding:
     pid = embedded.supervisor_pid(state)
-    detail = (
-        "not running; the first command starts it"
-        if pid is None
-        else f"running (process {pid}), log {state.log}"
-    )
+    detail = "not running; the first command starts it" if pid is None else f"running (process {pid}), log {state.log}"
     return Finding("embedded stack", pid is not None, False, detail)
 
 
@@ -158,7 +154,5 @@ def _api(state: StateDir) -> Finding:
     except FlushpointError as error:
         return Finding("API", False, True, error.message, error.remedy)
     slots = sum(health.workers.values())
-    detail = (
-        f"{chosen or state.address}, version {health.version}, {len(health.workers)} workers, {slots} slots"
-    )
+    detail = f"{chosen or state.address}, version {health.version}, {len(health.workers)} workers, {slots} slots"
     return Finding("API", True, True, detail, "")

@@ -227,7 +227,12 @@ def log_tail(state: StateDir) -> list[str]:
 
 def _try_lock(path: Path) -> int | None:
     """The descriptor that holds the lock as long as it is open; None if another one does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RefusedError(
+            f"cannot open {path}: {error.strerror}", "set FLUSHPOINT_STATE_DIR to a directory you can write to"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

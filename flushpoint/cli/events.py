@@ -19,9 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def events(
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")
-    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
     job: Annotated[str, typer.Option(metavar="ID", help="Of this job alone.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document a line.")] = False,
 ) -> None:

@@ -26,9 +26,7 @@ def jobs(as_json: output.JsonOption = False) -> None:
 
 def job(
     job_id: output.JobArgument,
-    wait: Annotated[
-        bool, typer.Option("--wait", "-w", help="Wait until it is done, as mirror does.")
-    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until it is done, as mirror does.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Show one job."""

@@ -19,37 +19,23 @@ def register(app: typer.Typer) -> None:
 
 
 def mirror(
-    source: Annotated[
-        str, typer.Argument(help="Disk to copy: a path, file://, nbd://, nbds:// or nbd+unix://.")
-    ],
+    source: Annotated[str, typer.Argument(help="Disk to copy: a path, file://, nbd://, nbds:// or nbd+unix://.")],
     target: Annotated[str, typer.Argument(help="The copy, named in the same way.")],
     sync: Annotated[
         Sync, typer.Option(help="Which data: all, the top image's, a bitmap's, or what differs.")
     ] = Sync.FULL,
-    bitmap: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The dirty bitmap of --sync dirty.")
-    ] = None,
-    speed: Annotated[
-        str, typer.Option(metavar="RATE", help="Bytes per second, as in 50M; 0 is unlimited.")
-    ] = "0",
-    on_source_error: Annotated[
-        ErrorPolicy, typer.Option(help="What a read error does.")
-    ] = ErrorPolicy.REPORT,
-    on_target_error: Annotated[
-        ErrorPolicy, typer.Option(help="What a write error does.")
-    ] = ErrorPolicy.REPORT,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="An existing target may be overwritten.")
-    ] = False,
+    bitmap: Annotated[str | None, typer.Option(metavar="NAME", help="The dirty bitmap of --sync dirty.")] = None,
+    speed: Annotated[str, typer.Option(metavar="RATE", help="Bytes per second, as in 50M; 0 is unlimited.")] = "0",
+    on_source_error: Annotated[ErrorPolicy, typer.Option(help="What a read error does.")] = ErrorPolicy.REPORT,
+    on_target_error: Annotated[ErrorPolicy, typer.Option(help="What a write error does.")] = ErrorPolicy.REPORT,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="An existing target may be overwritten.")] = False,
     no_auto_complete: Annotated[
         bool, typer.Option("--no-auto-complete", help="Stay ready until told to complete.")
     ] = False,
     no_auto_finalize: Annotated[
         bool, typer.Option("--no-auto-finalize", help="Stay pending until told to finalize.")
     ] = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Print the job's id and do not wait.")
-    ] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the job's id and do not wait.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Copy a disk, and wait until the copy is done."""

@@ -16,9 +16,7 @@ from coordinator.model.uri import without_credentials
 from coordinator.model.view import JobView
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
-JobArgument = Annotated[
-    str, typer.Argument(metavar="ID", help="Id of a job, or an unambiguous beginning of it.")
-]
+JobArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of a job, or an unambiguous beginning of it.")]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -152,9 +150,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns, left-aligned, two spaces apart; the last one is not padded."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     widths[-1] = 0
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _time_text(unix_s: float) -> str:

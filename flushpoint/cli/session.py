@@ -28,7 +28,5 @@ def job_id(client: Client, text: str) -> str:
     if text in found or len(found) == 1:
         return text if text in found else found[0]
     if found:
-        raise UsageError(
-            f"{len(found)} jobs begin with {text}: {', '.join(found[:4])}", "write more of the id"
-        )
+        raise UsageError(f"{len(found)} jobs begin with {text}: {', '.join(found[:4])}", "write more of the id")
     raise NotFoundError(f"there is no job {text}", "see flushpoint jobs")

@@ -30,8 +30,7 @@ QUIET_S = 30.0
 INTERRUPTED = 4
 
 _EXIT_CODES = {
-    kind.code: kind.exit_code
-    for kind in (UsageError, RefusedError, NotFoundError, UnavailableError, FlushpointError)
+    kind.code: kind.exit_code for kind in (UsageError, RefusedError, NotFoundError, UnavailableError, FlushpointError)
 }
 
 

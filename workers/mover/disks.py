@@ -7,6 +7,7 @@ from coordinator.model.job import JobRecord, Sync
 from coordinator.model.uri import parse
 from coordinator.settings import Settings
 from workers.access import Access
+from workers.mover.fastpath import FastPath, open_fast_path
 from workers.sources import open_source
 from workers.sources.contract import Source
 from workers.targets import open_target
@@ -19,9 +20,12 @@ class Disks:
     def __init__(self, settings: Settings) -> None:
         self.access = Access(settings.allowed_roots, settings.allowed_endpoints)
         self._connections = settings.connections
+        self._io_timeout_s = settings.io_timeout_s
         self._job_id = ""
         self._source: Source | None = None
         self._target: Target | None = None
+        self._fast: FastPath | None = None
+        self._fast_sought = False
 
     def open(self, job: JobRecord) -> tuple[Source, Target]:
         """Both disks of a planned job. Raises what the kinds raise: the errors of coordinator.model.errors."""
@@ -41,6 +45,19 @@ class Disks:
         if self._target is None:
             self._target = self.open_target(job, job.disk_size, create=False)
         return self._source, self._target
+
+    def fast_path(self) -> FastPath | None:
+        """The fast path of the open pair, if it has one."""
+        if not self._fast_sought and self._source is not None and self._target is not None:
+            self._fast_sought = True
+            self._fast = open_fast_path(self._source, self._target, self._io_timeout_s)
+        return self._fast
+
+    def drop_fast_path(self) -> None:
+        """It failed: do without it while this pair is open."""
+        if self._fast is not None:
+            self._fast.close()
+            self._fast = None
 
     def open_source(self, job: JobRecord) -> Source:
         spec = job.spec
@@ -64,6 +81,8 @@ class Disks:
         self._job_id, self._source, self._target = job.id, source, target
 
     def close(self) -> None:
+        self.drop_fast_path()
+        self._fast_sought = False
         source, target = self._source, self._target
         self._source = self._target = None
         self._job_id = ""

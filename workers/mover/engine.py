@@ -6,6 +6,7 @@ depth x REQUEST_BYTES (twice that when comparing) are held, whatever the disk's 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -62,8 +63,8 @@ class Orders:
     target_zeroed: bool = False
     """Zeroes need not be written: the target reads as zeroes where nothing was written."""
     digest: bool = False
-    slice_s: float = 10.0
-    """Start no new request after this time."""
+    ends_at: float = math.inf
+    """Monotonic time after which no new request is started."""
 
 
 class Engine:
@@ -81,7 +82,7 @@ class Engine:
         self, source: Source, target: Target, extents: Iterable[Extent], orders: Orders, lease: Lease, rate: RateLimit
     ) -> Outcome:
         """Copy `extents` (sorted); returns when nothing is in flight any more. Does not flush."""
-        queue = _Queue(extents, orders.slice_s, lease)
+        queue = _Queue(extents, orders.ends_at, lease)
         outcome = Outcome()
         digests: dict[int, bytes] = {}
         lock = threading.Lock()
@@ -208,11 +209,11 @@ class _blame:  # reads as a statement
 class _Queue:
     """Chunks of a unit, handed out one by one until the lease halts or the time slice is over."""
 
-    def __init__(self, extents: Iterable[Extent], slice_s: float, lease: Lease) -> None:
+    def __init__(self, extents: Iterable[Extent], ends_at: float, lease: Lease) -> None:
         self._chunks = _chunks(extents)
         self._lock = threading.Lock()
         self._given_back: list[Extent] = []
-        self._ends_at = time.monotonic() + slice_s
+        self._ends_at = ends_at
         self._lease = lease
 
     def take(self) -> Extent | None:

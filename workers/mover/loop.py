@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import secrets
 import time
 
@@ -19,6 +20,7 @@ from coordinator.settings import Settings
 from workers.mover.disks import Disks
 from workers.mover.engine import Engine, Failure, Orders, Outcome
 from workers.mover.failpoint import pass_point
+from workers.mover.fastpath import copy_fast
 from workers.mover.lease import Halt, Lease, LeaseLostError
 from workers.mover.planning import Planner
 from workers.mover.rate import RateLimit
@@ -93,14 +95,16 @@ class Mover:
             compare=comparing,
             target_zeroed=job.target_zeroed and claim.pass_number == 1 and not suspect and claim.attempts == 0,
             digest=suspect,
-            slice_s=self._settings.unit_slice_s if not suspect else float("inf"),
+            ends_at=time.monotonic() + self._settings.unit_slice_s if not suspect else math.inf,
         )
         rate = RateLimit(self._ledger, job.id)
-        outcome = self._engine.copy(source, target, extents, orders, lease, rate)
+        rest, spliced = (extents, 0) if suspect or comparing else self._copy_fast(job, extents, orders, lease, rate)
+        outcome = self._engine.copy(source, target, rest, orders, lease, rate)
+        outcome.add(spliced, spliced)
         if lease.halt is Halt.LOST:
             raise LeaseLostError(f"the lease of unit {claim.unit_id} was lost while copying")
         pass_point("before-flush")
-        failed = _flush(target, job)
+        failed = self._flush(target, job)
         lease.assert_held()
         pass_point("before-finish")
         if failed is not None:
@@ -122,6 +126,33 @@ class Mover:
         if suspect:
             outcome.remaining = extents  # its digest must cover all of it
         self._give_back(job, claim, extents, outcome)
+
+    def _copy_fast(
+        self, job: JobRecord, extents: list[Extent], orders: Orders, lease: Lease, rate: RateLimit
+    ) -> tuple[list[Extent], int]:
+        """What is left for the engine, and the bytes copied. A fast path that fails is given up without a word of
+        blame: the engine copies all of it again, and meets the same error at its extent if it is still there."""
+        path = self._disks.fast_path()
+        if path is None:
+            return extents, 0
+        try:
+            copied, rest = copy_fast(path, extents, lease, rate, orders.ends_at)
+        except DiskIOError as error:
+            log.info("the fast path failed", job=job.id, error=str(error))
+            self._disks.drop_fast_path()
+            return extents, 0
+        return rest, copied
+
+    def _flush(self, target: Target, job: JobRecord) -> Failure | None:
+        """Everything this mover wrote is durable, or the failure that says it is not."""
+        try:
+            path = self._disks.fast_path()
+            if path is not None:
+                path.flush()
+            target.flush()
+        except DiskIOError as error:
+            return Failure(Side.TARGET, error, _whole(job))
+        return None
 
     def _settle(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
         """Read suspect units again once their dead holders cannot write any more, then flush a last time."""
@@ -147,12 +178,13 @@ class Mover:
             log.warning("an old write came after a new one; copying again", job=job.id, units=changed)
             self._ledger.redo(job.id, claim.unit_id, claim.token, changed)
             return
-        failed = _flush(target, job)
+        failed = self._flush(target, job)
         lease.assert_held()
         if failed is not None:
             self._disks.close()
             self._give_back(job, claim, [], Outcome(failures=[failed]))
             return
+        self._disks.close()  # who is told that the job has concluded may want the images, and QEMU's locks on them
         self._ledger.finish(job.id, claim.unit_id, claim.token)
 
     # -- giving back ---------------------------------------------------------------------------------------
@@ -222,11 +254,3 @@ class Mover:
 
 def _whole(job: JobRecord) -> Extent:
     return Extent(0, job.disk_size, Status.DATA)
-
-
-def _flush(target: Target, job: JobRecord) -> Failure | None:
-    try:
-        target.flush()
-    except DiskIOError as error:
-        return Failure(Side.TARGET, error, _whole(job))
-    return None

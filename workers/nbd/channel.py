@@ -20,7 +20,8 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from workers.nbd.handshake import Negotiated, say_goodbye_on_close
 from workers.nbd.replies import ReplyReader, Request, lost_error
@@ -35,7 +36,7 @@ class PlainChannel:
     def __init__(self, negotiated: Negotiated, export: str, timeout_s: float) -> None:
         self._sock = negotiated.sock
         self._export = export
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._send = threading.Lock()
         self._receive = threading.Lock()
@@ -63,10 +64,23 @@ class PlainChannel:
         """Why no further call can succeed; None while the connection stands."""
         return self._broken
 
-    @property
-    def socket(self) -> socket.socket:
-        """The socket, for one who has the connection to himself (splice)."""
-        return self._sock
+    @contextmanager
+    def exclusive(self) -> Iterator[socket.socket]:
+        """The socket for one who sends requests and takes their answers by himself (splice); other calls wait.
+
+        Raises DiskIOError (RECONNECT) if the connection is broken, RuntimeError if requests are in flight. Whoever
+        leaves an answer untaken has to `abort`.
+        """
+        with self._send:
+            self._receive.acquire()
+            try:
+                if self._broken is not None:
+                    raise lost_error(Request(Command.READ), self._export, self._broken)
+                if self._pending:
+                    raise RuntimeError(f"{self._export} has requests in flight")
+                yield self._sock
+            finally:
+                self._let_go()
 
     def call(self, request: Request, payload: memoryview | None = None) -> None:
         """Send and wait for the answer, which is in `request` afterwards.
@@ -127,7 +141,7 @@ class PlainChannel:
                 while parts and self._broken is None:
                     parts = _unsent(parts, self._sock.sendmsg(parts))
             except BlockingIOError:
-                self.abort(f"the server took no byte for {self._timeout_s:g} s")
+                self.abort(f"the server took no byte for {self.timeout_s:g} s")
             except OSError as error:
                 self.abort(f"sending failed: {error.strerror}")
 
@@ -159,18 +173,23 @@ class PlainChannel:
         except ProtocolError as error:
             reason = f"the server broke the protocol: {error.message}"
         except BlockingIOError:
-            reason = f"the server sent no byte for {self._timeout_s:g} s"
+            reason = f"the server sent no byte for {self.timeout_s:g} s"
         except OSError as error:
             reason = f"receiving failed: {error.strerror or error}"
         finally:
-            with self._lock:
-                if reason is not None:
+            if reason is not None:
+                with self._lock:
                     self._break(reason)
-                if self._broken is not None:
-                    self._fail_pending()
-                self._receive.release()
-                if self._waiting:
-                    self._wake(next(iter(self._waiting.values())))
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Release `_receive`: no buffer is written to any more, so a broken connection's calls fail now."""
+        with self._lock:
+            if self._broken is not None:
+                self._fail_pending()
+            self._receive.release()
+            if self._waiting:
+                self._wake(next(iter(self._waiting.values())))
 
     def _fill(self, view: memoryview) -> None:
         while view:

@@ -61,6 +61,8 @@ class Endpoint:
             parts = urlsplit(uri)
             port = parts.port
             pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+            export = unquote(parts.path.removeprefix("/"))
+            export_bytes = len(export.encode())
         except ValueError as error:
             raise UsageError(f"{uri!r} is not a URI: {error}", _EXAMPLE) from error
         if parts.scheme not in ("nbd", "nbds", "nbd+unix", "nbds+unix"):
@@ -71,9 +73,8 @@ class Endpoint:
         if len(query) != len(pairs):
             raise UsageError(f"{uri!r} gives a key twice", _EXAMPLE)
         tls = _tls(uri, query, encrypted=parts.scheme.startswith("nbds"))
-        export = unquote(parts.path.removeprefix("/"))
-        if len(export.encode()) > MAX_STRING_BYTES:
-            raise UsageError(f"the export name of {len(export)} characters is longer than NBD allows", _EXAMPLE)
+        if export_bytes > MAX_STRING_BYTES:
+            raise UsageError(f"the export name of {export_bytes} bytes is longer than NBD allows", _EXAMPLE)
         socket_path = _socket_path(uri, parts, query)
         unknown = sorted(set(query) - _TLS_KEYS - {"socket"})
         if unknown:

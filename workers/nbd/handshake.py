@@ -19,7 +19,7 @@ from workers.nbd.wire import BlockSizes, ExportInfo, ExportSize, Option, OptionR
 
 MAX_OPTION_REPLIES = 65536
 """Answers to one option; more exports than that on one server is a peer that never stops."""
-UNIX_BUFFER_BYTES = 4 * 1024 * 1024
+UNIX_BUFFER_BYTES = 2 * 1024 * 1024
 """A unix socket's default (208 KiB) holds a fifth of a 1 MiB request; the kernel caps this at wmem_max. TCP sizes its
 own buffers, and setting them would switch that off."""
 KEEPALIVE_IDLE_S = 20
@@ -273,7 +273,7 @@ class _Haggle:
         while len(data) < length:
             got = self._live.recv(length - len(data))
             if not got:
-                raise ProtocolError("it closed the connection during the handshake")
+                raise ConnectionError("the server closed the connection")
             data += got
         return bytes(data)
 

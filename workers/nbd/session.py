@@ -239,11 +239,13 @@ class Session(ExportAttributes):
             raise self._unreachable("reconnecting has just failed")
         try:
             new = _Member(self._connect(self._timeout_s), busy=1)
-        except FlushpointError as error:
-            self._failed_at = time.monotonic()
-            if isinstance(error, UnavailableError):
-                raise self._unreachable(error.message) from error
+        except DiskIOError:
             raise
+        except UnavailableError as error:
+            self._failed_at = time.monotonic()
+            raise self._unreachable(error.message) from error
+        except FlushpointError as error:  # it no longer has the export, or no longer wants us
+            raise DiskIOError(error.message, next_=Next.GIVE_UP, remedy=error.remedy) from error
         with self._lock:
             self._members[place] = new
             old.retired = True

@@ -7,6 +7,7 @@ checked before it is opened, and the chain is then opened by a description of ou
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coordinator.model.errors import NotFoundError, RefusedError, UnavailableError
+from coordinator.model.errors import DiskIOError, FlushpointError, NotFoundError, RefusedError, UnavailableError
 from workers.access import Access
 
 TOOL_TIMEOUT_S = 30.0
 """No call of qemu-img here reads data; one that takes longer hangs on its file system."""
 MAX_CHAIN = 256
-"""Images in one backing chain; a loop of backing files ends here too."""
+"""Images in one backing chain; each costs a call of qemu-img."""
 
 
 class ImageInUseError(RefusedError):
@@ -66,6 +67,10 @@ def inspect(path: str, access: Access) -> Image:
     next_path: str | None = path
     raw_base: Image | None = None
     while next_path is not None:
+        if next_path in (seen for seen, _ in chain):
+            raise RefusedError(
+                f"the backing chain of {path} comes back to {next_path}", "repair it with qemu-img rebase"
+            )
         if len(chain) == MAX_CHAIN:
             raise RefusedError(f"the backing chain of {path} has more than {MAX_CHAIN} images", "flatten it")
         info = _info(next_path)
@@ -79,7 +84,7 @@ def inspect(path: str, access: Access) -> Image:
 
 
 def create_qcow2(path: str, size: int) -> None:
-    """Make, or make anew, a qcow2 image at `path`. RefusedError if QEMU will not (an image in use)."""
+    """Make, or make anew, a qcow2 image at `path`. ImageInUseError if it is open, DiskIOError without room."""
     _qemu_img("create", "-q", "-f", "qcow2", "--", path, str(size))
 
 
@@ -147,7 +152,7 @@ def _backing_of(path: str, info: dict[str, Any], access: Access) -> tuple[str | 
 
 
 def _qemu_img(*arguments: str) -> str:
-    """Its standard output. Its message as a RefusedError (NotFoundError) when it fails."""
+    """Its standard output; what it wrote to the other one as an error, when it fails."""
     command = ["qemu-img", *arguments]
     try:
         done = subprocess.run(
@@ -171,9 +176,11 @@ def _qemu_img(*arguments: str) -> str:
     raise refusal(done.stderr, command)
 
 
-def refusal(stderr: str, command: list[str]) -> RefusedError:
+def refusal(stderr: str, command: list[str]) -> FlushpointError:
     """What a QEMU tool wrote before it gave up, as an error with a remedy."""
     message = " ".join(stderr.split()).removeprefix(f"{command[0]}: ") or f"{command[0]} failed without a word"
+    if os.strerror(errno.ENOSPC) in message:
+        return DiskIOError(message, errno_=errno.ENOSPC, remedy="make room for it")
     if "No such file" in message:
         return NotFoundError(message, "check the path on the worker's host")
     if '" lock' in message:  # Failed to get [shared] "write" lock

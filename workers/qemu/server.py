@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -44,8 +44,9 @@ class QemuNbd:
 
     def __init__(self, node: dict[str, Any], options: Sequence[str]) -> None:
         """Serve `node` (a QAPI BlockdevOptions) with `options` of qemu-nbd. UnavailableError if not installed."""
-        if shutil.which("qemu-nbd") is None:
-            raise UnavailableError("qemu-nbd is not on the worker's PATH", "install qemu-utils")
+        for program, package in (("qemu-nbd", "qemu-utils"), ("setpriv", "util-linux")):
+            if shutil.which(program) is None:
+                raise UnavailableError(f"{program} is not on the worker's PATH", f"install {package}")
         self._closing = threading.Lock()
         self._command = ["qemu-nbd", "--persistent", "--shared=0", *options, "json:" + json.dumps(node)]
         self._directory = Path(tempfile.mkdtemp(prefix="flushpoint-nbd-"))
@@ -93,7 +94,6 @@ class QemuNbd:
 
 
 _spawner: ThreadPoolExecutor | None = None
-_spawner_pid = 0
 _spawner_lock = threading.Lock()
 
 
@@ -101,15 +101,24 @@ def _spawn(command: list[str], listener: int, stderr: int) -> subprocess.Popen[b
     """Start `command` so that it is killed when this process ends, however it ends.
 
     Linux sends the parent death signal when the *thread* that forked ends, so one thread that lives as long
-    as the process forks all of them. After a fork of ours (Celery's pool) the child needs a thread of its own.
+    as the process forks all of them.
     """
-    global _spawner, _spawner_pid
+    global _spawner
     with _spawner_lock:
-        if _spawner is None or _spawner_pid != os.getpid():
+        if _spawner is None:
             _spawner = ThreadPoolExecutor(1, thread_name_prefix="qemu-nbd-parent")
-            _spawner_pid = os.getpid()
-        started: Future[subprocess.Popen[bytes]] = _spawner.submit(_start, command, listener, stderr)
+        started = _spawner.submit(_start, command, listener, stderr)
     return started.result()
+
+
+def _forget_spawner() -> None:
+    """Threads do not survive a fork: the processes of Celery's pool each make their own."""
+    global _spawner, _spawner_lock
+    _spawner = None
+    _spawner_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_spawner)
 
 
 def _start(command: list[str], listener: int, stderr: int) -> subprocess.Popen[bytes]:

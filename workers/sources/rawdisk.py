@@ -13,6 +13,7 @@ from coordinator.model.errors import DiskIOError, Next, NotFoundError, RefusedEr
 from workers.access import Access
 from workers.sources.contract import Identity
 
+_BLKROGET = 0x125E  # <linux/fs.h>: 1 for a read-only device, int
 _BLKSSZGET = 0x1268  # <linux/fs.h>: logical sector size, int
 
 
@@ -26,7 +27,7 @@ class RawDisk:
         self.is_device = stat.S_ISBLK(status.st_mode)
         self._status = status
         self.size = os.lseek(fd, 0, os.SEEK_END) if self.is_device else status.st_size
-        self.block_size = _sector_size(fd) if self.is_device else 1
+        self.block_size = _asked(fd, _BLKSSZGET) if self.is_device else 1
 
     @classmethod
     def open(cls, path: str, flags: int, access: Access, mode: int = 0o600) -> Self:
@@ -45,6 +46,9 @@ class RawDisk:
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
                 raise RefusedError(f"{path} is neither a regular file nor a block device", "name the disk itself")
             access.check_open_file(fd, path)
+            # Linux lets root open a read-only device for writing; only the writes would fail.
+            if stat.S_ISBLK(kind) and _writes(flags) and _asked(fd, _BLKROGET):
+                raise _opening_failed(path, flags, OSError(errno.EROFS, "the device is read-only"))
             return cls(path, fd)
         except BaseException:
             os.close(fd)
@@ -102,14 +106,19 @@ class RawDisk:
             os.close(fd)
 
 
-def _sector_size(fd: int) -> int:
+def _asked(fd: int, request: int) -> int:
+    """The int that an ioctl answers."""
     answer = array.array("i", [0])
-    fcntl.ioctl(fd, _BLKSSZGET, answer)
+    fcntl.ioctl(fd, request, answer)
     return answer[0]
 
 
+def _writes(flags: int) -> bool:
+    return flags & os.O_ACCMODE != os.O_RDONLY
+
+
 def _opening_failed(path: str, flags: int, error: OSError) -> RefusedError:
-    verb = "written" if flags & (os.O_WRONLY | os.O_RDWR) else "read"
+    verb = "written" if _writes(flags) else "read"
     match error.errno:
         case errno.ENOENT:
             return NotFoundError(f"{path} does not exist", "check the path on the worker's host")

@@ -38,8 +38,9 @@ class Target(Protocol):
     def flush(self) -> None:
         """Every write that returned before this call is durable when it returns.
 
-        After one failed flush every later one fails too: the kernel reports a failed write-back once and
-        then forgets the lost pages, so only a target opened anew, and written anew, can be trusted.
+        After one failed flush every later one fails too (DiskIOError, Next.RECONNECT): kernel and server tell of
+        lost writes once, to whoever asks first. So nobody who wrote since his last good flush is told that all
+        is well; close the target, open it anew, and write again what was not flushed.
         """
 
     def identity(self) -> Identity:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from coordinator.model.errors import RefusedError
+import threading
+
+from coordinator.model.errors import DiskIOError, Next, RefusedError
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.sources.contract import Identity
 from workers.sources.nbd import endpoint_identity, open_session
+from workers.targets.zeroes import write_zero_bytes
 
 
 class NbdTarget:
@@ -22,6 +25,8 @@ class NbdTarget:
         if self._session.read_only:
             self._session.close()
             raise RefusedError(f"the export {endpoint} is read-only", "export it writable, or name another target")
+        self._flushing = threading.Lock()
+        self._flush_failure: DiskIOError | None = None
         self.size = self._session.size
         self.block_size = self._session.min_block
         self.max_writers = 0 if self._session.can_multi_conn else 1
@@ -30,13 +35,25 @@ class NbdTarget:
         self._session.write(offset, data)
 
     def write_zeroes(self, offset: int, length: int) -> None:
-        self._session.write_zeroes(offset, length)
+        if self._session.can_zero:
+            self._session.write_zeroes(offset, length)
+        else:
+            write_zero_bytes(self._session.write, offset, length)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._session.read_into(offset, buffer)
 
     def flush(self) -> None:
-        self._session.flush()
+        # One at a time, and the first failure stays: a session tells of lost writes once, to the thread that
+        # flushes first, and the next flush succeeds without the writes of the others.
+        with self._flushing:
+            try:
+                if self._flush_failure is None:
+                    self._session.flush()
+            except DiskIOError as error:
+                self._flush_failure = error
+            if self._flush_failure is not None:
+                raise _again(self._flush_failure) from self._flush_failure
 
     def identity(self) -> Identity:
         return self._identity
@@ -49,3 +66,7 @@ class NbdTarget:
 
     def close(self) -> None:
         self._session.close()
+
+
+def _again(failure: DiskIOError) -> DiskIOError:
+    return DiskIOError(failure.message, errno_=failure.errno, next_=Next.RECONNECT, remedy=failure.remedy)

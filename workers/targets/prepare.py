@@ -84,7 +84,13 @@ def prepare_qcow2(path: str, size: int, access: Access, wish: Wish) -> None:
             return
         if not wish.overwrite and not empty:
             raise _holds_data(path)
-    create_qcow2(str(resolved), size)
+        create_qcow2(str(resolved), size)
+        return
+    try:
+        create_qcow2(str(resolved), size)
+    except BaseException:
+        resolved.unlink(missing_ok=True)
+        raise
     _sync_directory(resolved)
 
 

@@ -12,6 +12,7 @@ from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.sources.contract import Identity
 from workers.sources.rawdisk import RawDisk
+from workers.targets.zeroes import write_zero_bytes
 
 _FALLOC_FL_KEEP_SIZE = 0x01  # <linux/falloc.h>
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -19,8 +20,6 @@ _FALLOC_FL_ZERO_RANGE = 0x10
 _ZERO_MODES = (_FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_ZERO_RANGE | _FALLOC_FL_KEEP_SIZE)
 """Best first; a file system or device that has neither gets zeroes written."""
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
-
-ZEROES = memoryview(bytes(1024 * 1024))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -56,11 +55,11 @@ class RawTarget:
         start = -(-offset // self.block_size) * self.block_size
         end = (offset + length) // self.block_size * self.block_size
         if start >= end:
-            self._write_zero_bytes(offset, length)
+            write_zero_bytes(self.write, offset, length)
             return
-        self._write_zero_bytes(offset, start - offset)
+        write_zero_bytes(self.write, offset, start - offset)
         self._zero_sectors(start, end - start)
-        self._write_zero_bytes(end, offset + length - end)
+        write_zero_bytes(self.write, end, offset + length - end)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._disk.read_into(offset, buffer)
@@ -112,11 +111,4 @@ class RawTarget:
                 error = OSError(number, os.strerror(number))
                 raise self._disk.failed("zero", offset, length, error)
             self._zero_modes = tuple(m for m in self._zero_modes if m != mode)
-        self._write_zero_bytes(offset, length)
-
-    def _write_zero_bytes(self, offset: int, length: int) -> None:
-        end = offset + length
-        while offset < end:
-            step = min(len(ZEROES), end - offset)
-            self.write(offset, ZEROES[:step])
-            offset += step
+        write_zero_bytes(self.write, offset, length)

@@ -1,0 +1,292 @@
+"""What the commands print where, and the codes they leave with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.model.job import IoStatus, State
+from flushpoint.cli import main
+from tests.unit.flushpoint.fake_api import UNCONNECTED_SOCKET_LEAKS, FakeApi
+
+DONE = {"state": State.CONCLUDED, "len": 4096, "offset": 4096, "bytes_sent": 4096, "plan_done": True}
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_mirror_submits_absolute_names_and_waits(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    api.add("feed", {"state": State.CREATED}, {"state": State.RUNNING}, DONE)
+    code, out, err = run(
+        capsys,
+        "mirror",
+        "a.raw",
+        "nbd://backup/a",
+        "--speed",
+        "1M",
+        "--on-source-error",
+        "stop",
+        "--overwrite",
+    )
+    (_, path, body) = api.received[0]
+    assert path == "/v1/jobs"
+    assert (body["source"], body["target"]) == (f"{tmp_path}/a.raw", "nbd://backup/a")
+    assert (body["speed"], body["on_source_error"], body["overwrite"]) == (1024**2, "stop", True)
+    assert (code, out) == (0, "")
+    assert err == "flushpoint: job feed is done: 4.0 KiB in 0.0 s, 4.0 KiB sent\n"
+
+
+def test_mirror_json_is_one_document_on_stdout(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("feed", DONE)
+    code, out, _ = run(capsys, "mirror", "/a", "/b", "--json")
+    assert code == 0
+    assert json.loads(out)["state"] == "concluded"
+
+
+def test_detach_prints_the_id_alone(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "mirror", "/a", "/b", "--detach") == (0, "feed\n", "")
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ({"fatal": True, "error_code": "usage"}, 2),
+        ({"fatal": True, "error_code": "not-found"}, 3),
+        ({"fatal": True, "error_code": "refused"}, 3),
+        ({"fatal": True, "error_code": "unavailable"}, 4),
+        ({"fatal": True, "error_code": "io-error"}, 1),
+        ({"fatal": True, "error_code": ""}, 1),
+        ({"cancel_requested": "soft"}, 1),
+        ({}, 0),
+    ],
+)
+def test_a_concluded_job_leaves_with_what_its_error_means(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], end: dict[str, Any], code: int
+) -> None:
+    api.add("feed", {**DONE, **end, "error": "the target is full" if end.get("fatal") else ""})
+    found, _, err = run(capsys, "mirror", "/a", "/b")
+    assert found == code
+    assert ("failed: the target is full" in err) == bool(end.get("fatal"))
+
+
+def test_a_ready_job_without_auto_complete_is_done_and_names_the_command(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = {"source": "/a", "target": "/b", "auto_complete": False}
+    api.add("feed", {"state": State.RUNNING, "spec": spec}, {"state": State.READY, "spec": spec})
+    code, _, err = run(capsys, "mirror", "/a", "/b", "--no-auto-complete")
+    assert code == 0
+    assert "complete it with: flushpoint complete feed" in err
+
+
+def test_a_ready_job_that_completes_by_itself_is_waited_for(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("feed", {"state": State.READY}, {"state": State.WAITING}, DONE)
+    assert "is done" in run(capsys, "mirror", "/a", "/b")[2]
+
+
+def test_a_pending_job_without_auto_finalize_names_the_command(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.add("feed", {"state": State.PENDING, "spec": {"source": "/a", "target": "/b", "auto_finalize": False}})
+    code, _, err = run(capsys, "mirror", "/a", "/b", "--no-auto-finalize")
+    assert code == 0
+    assert "finalize it with: flushpoint finalize feed" in err
+
+
+def test_a_stop_by_an_error_is_told_once(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = {"state": State.PAUSED, "target_io_status": IoStatus.NOSPACE, "error": "the target is full"}
+    api.add("feed", {"state": State.RUNNING}, stopped, stopped, {"state": State.RUNNING}, DONE)
+    code, _, err = run(capsys, "mirror", "/a", "/b")
+    assert code == 0
+    assert err.count("job feed is paused: the target is full. Go on with: flushpoint resume feed\n") == 1
+
+
+def test_a_pause_by_a_person_is_no_message(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("feed", {"state": State.PAUSED}, DONE)
+    assert "paused" not in run(capsys, "mirror", "/a", "/b")[2]
+
+
+@pytest.mark.parametrize("json_option", [[], ["--json"]], ids=["text", "json"])
+def test_sigint_detaches_and_says_how_to_watch_again(api: FakeApi, json_option: list[str]) -> None:
+    api.add("feed", {"state": State.RUNNING})
+    command = [sys.executable, "-P", "-m", "flushpoint", "mirror", "/a", "/b", *json_option]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    ) as process:
+        try:
+            assert api.looked.wait(20)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 4
+    assert err == "flushpoint: job feed goes on without you; watch it again with: flushpoint job feed --wait\n"
+    assert (json.loads(out)["id"] if json_option else out) == ("feed" if json_option else "")
+    assert [path for _, path, _ in api.received] == ["/v1/jobs"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "path", "body"),
+    [
+        (["pause", "abc"], "pause", {}),
+        (["resume", "abc"], "resume", {}),
+        (["set-speed", "abc", "2M"], "set-speed", {"speed": 2 * 1024**2}),
+        (["complete", "abc"], "complete", {}),
+        (["complete", "--pivot", "abc"], "complete", {"pivot": True}),
+        (["cancel", "abc"], "cancel", {}),
+        (["cancel", "abc", "--force"], "cancel", {"force": True}),
+        (["finalize", "abc"], "finalize", {}),
+        (["dismiss", "abc"], "dismiss", {}),
+    ],
+)
+def test_a_verb_takes_an_unambiguous_beginning(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], argv: list[str], path: str, body: object
+) -> None:
+    api.add("abcd01", {"state": State.RUNNING})
+    api.add("ffff02")
+    code, out, err = run(capsys, *argv)
+    assert api.received == [("POST", f"/v1/jobs/abcd01/{path}", body)]
+    assert (code, err) == (0, "")
+    assert out == f"abcd01  {'dismissed' if path == 'dismiss' else 'running'}\n"
+
+
+def test_an_ambiguous_beginning_is_a_usage_error(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("abcd01")
+    api.add("abcd02")
+    code, _, err = run(capsys, "pause", "abcd")
+    assert code == 2
+    assert err == "flushpoint: 2 jobs begin with abcd: abcd01, abcd02. Write more of the id\n"
+    assert api.received == []
+
+
+def test_a_whole_id_wins_over_what_it_begins(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("abcd")
+    api.add("abcdef")
+    assert run(capsys, "pause", "abcd")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["job", "pause", "resume", "complete", "cancel", "finalize", "dismiss"])
+def test_an_unknown_job_is_code_3(api: FakeApi, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, err = run(capsys, command, "nope")
+    assert (code, out) == (3, "")
+    assert err == "flushpoint: there is no job nope. See flushpoint jobs\n"
+
+
+@pytest.mark.parametrize(("problem", "exit_code"), [("usage", 2), ("refused", 3), ("unavailable", 4), ("failed", 1)])
+def test_a_refusal_of_the_api_is_one_line_and_a_json_problem(
+    api: FakeApi,
+    capsys: pytest.CaptureFixture[str],
+    problem: str,
+    exit_code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flushpoint.client.PATIENCE_S", 0.0)
+    api.refusal = (problem, "the target is in use", "name another target")
+    code, out, err = run(capsys, "mirror", "/a", "/b", "--json")
+    assert code == exit_code
+    assert err == "flushpoint: the target is in use. Name another target\n"
+    assert json.loads(out)["error"] == {
+        "code": problem,
+        "detail": "the target is in use",
+        "remedy": "name another target",
+        "exit_code": exit_code,
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["mirror", "/a"], "missing argument"),
+        (["mirror", "/a", "/b", "--speed", "fast"], "'fast' is no size"),
+        (["mirror", "/a", "/b", "--sync", "sideways"], "sideways"),
+        (["mirror", "/a", "/b", "--sync", "dirty"], "sync=dirty and bitmap=NAME go together"),
+        (["mirror", "ftp://a", "/b"], "unknown scheme"),
+        (["set-speed", "abc", "-"], "'-' is no size"),
+        (["nonsense"], "nonsense"),
+        (["jobs", "--nonsense"], "--nonsense"),
+        (["pause", ""], "an empty id names no job"),
+    ],
+)
+def test_usage_errors_are_one_line_and_code_2(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
+    code, out, err = run(capsys, *argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("flushpoint: ")
+    assert says in err
+
+
+@UNCONNECTED_SOCKET_LEAKS
+def test_an_api_that_is_away_is_code_4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUSHPOINT_API", "unix:///nonexistent/api.sock")
+    code, out, err = run(capsys, "jobs")
+    assert (code, out) == (4, "")
+    assert err.startswith("flushpoint: the API at unix:///nonexistent/api.sock does not answer")
+
+
+def test_jobs_are_a_table_or_a_document(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("abcd01", {**DONE, "spec": {"source": "nbd://me:secret@h/a", "target": "/b"}})
+    api.add("abcd02", {"state": State.RUNNING, "len": 100, "offset": 25, "plan_done": True, "rate": 1536.0})
+    _, out, _ = run(capsys, "jobs")
+    head, first, second = out.splitlines()
+    assert head.split() == ["ID", "STATE", "DONE", "RATE", "SOURCE", "TARGET"]
+    assert first.split()[:3] == ["abcd01", "done", "100%"]
+    assert "nbd://h/a" in first
+    assert second.split()[1:5] == ["running", "25%", "1.5", "KiB/s"]
+    _, out, _ = run(capsys, "jobs", "--json")
+    assert [job["id"] for job in json.loads(out)["jobs"]] == ["abcd01", "abcd02"]
+
+
+def test_job_shows_one_and_waits_if_told(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("abcd01", {"state": State.RUNNING, "error": "was interrupted"})
+    code, out, _ = run(capsys, "job", "abc")
+    assert code == 0
+    assert "state:        running\n" in out
+    assert "error:        was interrupted\n" in out
+    api.add("abcd01", {"state": State.RUNNING}, {**DONE, "fatal": True, "error": "x", "error_code": "io-error"})
+    assert run(capsys, "job", "abc", "--wait")[0] == 1
+
+
+def test_events_are_a_line_each(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.events = [
+        {"id": "1-0", "time": 0.0, "event": "JOB_STATUS_CHANGE", "job": "abc", "data": {"status": "running"}},
+        {
+            "id": "2-0",
+            "time": 0.0,
+            "event": "BLOCK_JOB_ERROR",
+            "job": "abc",
+            "data": {"error": "no space left"},
+        },
+    ]
+    _, out, _ = run(capsys, "events", "--json")
+    assert [json.loads(line)["id"] for line in out.splitlines()] == ["1-0", "2-0"]
+    _, out, _ = run(capsys, "events")
+    assert out.splitlines()[0].endswith("abc  JOB_STATUS_CHANGE  status=running")
+    assert out.splitlines()[1].endswith('abc  BLOCK_JOB_ERROR  error="no space left"')
+
+
+def test_version_and_help_are_data(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--version")
+    assert (code, out.count("."), err) == (0, 2, "")
+    for argv in ((), ("--help",), ("mirror", "-h")):
+        code, out, err = run(capsys, *argv)
+        assert (code, err) == (0, "")
+        assert "Usage: flushpoint" in out
+
+
+def test_help_loads_no_http_stack() -> None:
+    program = "import sys; from flushpoint.cli import main; main(['--help']); sys.exit('httpx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=30).returncode == 0

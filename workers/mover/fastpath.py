@@ -1,0 +1,188 @@
+"""Faster ways for a pair of kinds than reading into a buffer and writing it.
+
+=====================  ==========================================================================
+NBD to NBD             `os.splice`, socket to socket, on connections of their own
+NBD to raw file        `os.splice`, socket to file
+raw file to raw file   `copy_file_range`: in the kernel, or by sharing blocks where it can
+=====================  ==========================================================================
+
+A fast path sees no data, so it cannot find zeroes. It looks at the first bytes of each range: one that starts with
+zeroes is left to the copy engine, which looks at all of it. When anything fails, nothing of the call counts: the
+engine copies the unit again and finds out which extent is to blame.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from coordinator.model.errors import DiskIOError, FlushpointError
+from coordinator.model.extent import Extent, Status, merge_adjacent
+from workers.mover.lease import Lease
+from workers.mover.rate import RateLimit
+from workers.nbd.connection import Connection, connect
+from workers.nbd.endpoint import Endpoint
+from workers.nbd.splice import MAX_RANGE_BYTES, PEEK_BYTES, Spliced, splice_to_file, splice_to_nbd
+from workers.sources.contract import Source
+from workers.targets.contract import Target
+
+SPLICE_DEPTH = 16
+_ZERO_HEAD = bytes(PEEK_BYTES)
+
+Ranges = Iterable[tuple[int, int]]
+
+
+def starts_with_zeroes(head: bytes) -> bool:
+    """Whether a range that starts with `head` is left to the copy engine."""
+    return _ZERO_HEAD.startswith(head)
+
+
+class FastPath(Protocol):
+    """One pair of open disks. Not thread-safe."""
+
+    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
+        """Copy ranges of at most MAX_RANGE_BYTES until they end or `stop` says so. DiskIOError: none of it counts."""
+
+    def flush(self) -> None:
+        """Writes that were not made through the target itself are durable when it returns."""
+
+    def close(self) -> None: ...
+
+
+def open_fast_path(source: Source, target: Target, timeout_s: float) -> FastPath | None:
+    """The fast path of a pair, None where there is none or where its connections cannot be had."""
+    from_fd, to_fd = source.fileno(), target.fileno()
+    if from_fd is not None and to_fd is not None:
+        return FileToFile(from_fd, to_fd)
+    origin, goal = _plain(source.nbd_endpoint()), _plain(target.nbd_endpoint())
+    if origin is None or (to_fd is None and (goal is None or target.max_writers != 0)):
+        return None  # without CAN_MULTI_CONN a second connection might not see, or flush, what the first wrote
+    incoming: Connection | None = None
+    try:
+        incoming = connect(origin, timeout_s=timeout_s, structured=False)
+        if to_fd is not None:
+            return NbdToFile(incoming, to_fd)
+        assert goal is not None
+        return NbdToNbd(incoming, connect(goal, timeout_s=timeout_s, structured=False))
+    except FlushpointError:  # a server that lets no more clients in: the ordinary way is open
+        if incoming is not None:
+            incoming.close()
+        return None
+
+
+def _plain(endpoint: Endpoint | None) -> Endpoint | None:
+    return endpoint if endpoint is not None and endpoint.tls is None else None
+
+
+@dataclass(slots=True)
+class NbdToNbd:
+    incoming: Connection
+    outgoing: Connection
+
+    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
+        return splice_to_nbd(
+            self.incoming, self.outgoing, ranges, depth=SPLICE_DEPTH, stop=stop, leave=starts_with_zeroes
+        )
+
+    def flush(self) -> None:
+        self.outgoing.flush()
+
+    def close(self) -> None:
+        self.incoming.close()
+        self.outgoing.close()
+
+
+@dataclass(slots=True)
+class NbdToFile:
+    incoming: Connection
+    fd: int
+
+    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
+        return splice_to_file(self.incoming, self.fd, ranges, depth=SPLICE_DEPTH, stop=stop, leave=starts_with_zeroes)
+
+    def flush(self) -> None:
+        """The target's own flush syncs the same descriptor."""
+
+    def close(self) -> None:
+        self.incoming.close()
+
+
+@dataclass(slots=True)
+class FileToFile:
+    from_fd: int
+    to_fd: int
+
+    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
+        done = Spliced()
+        for offset, length in ranges:
+            if starts_with_zeroes(os.pread(self.from_fd, min(PEEK_BYTES, length), offset)):
+                done.left.append((offset, length))
+            else:
+                self._copy_range(offset, length)
+                done.copied += length
+            if stop():
+                break
+        return done
+
+    def flush(self) -> None:
+        """The target's own flush syncs the same descriptor."""
+
+    def close(self) -> None:
+        """Both descriptors belong to the disks."""
+
+    def _copy_range(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            try:
+                copied = os.copy_file_range(self.from_fd, self.to_fd, end - offset, offset, offset)
+            except OSError as error:
+                raise DiskIOError(
+                    f"copying {end - offset} bytes at {offset} failed: {error.strerror}",
+                    errno_=error.errno or errno.EIO,
+                    offset=offset,
+                    length=end - offset,
+                ) from error
+            if copied == 0:
+                raise DiskIOError(f"the source ends at {offset}", offset=offset, length=end - offset)
+            offset += copied
+
+
+@dataclass(slots=True)
+class _Feed:
+    """Hands out the ranges of extents as the job's rate admits them, and remembers what it did not hand out."""
+
+    extents: list[Extent]
+    rate: RateLimit
+    lease: Lease
+    rest: list[Extent] = field(default_factory=list)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        for position, extent in enumerate(self.extents):
+            offset = extent.offset
+            while offset < extent.end:
+                length = min(extent.end, (offset // MAX_RANGE_BYTES + 1) * MAX_RANGE_BYTES) - offset
+                self.rest = [Extent(offset, extent.end - offset, extent.status), *self.extents[position + 1 :]]
+                if not self.rate.admit(length, self.lease):
+                    return
+                yield offset, length
+                offset += length
+        self.rest = []
+
+
+def copy_fast(
+    path: FastPath, extents: list[Extent], lease: Lease, rate: RateLimit, ends_at: float
+) -> tuple[int, list[Extent]]:
+    """Copy what a fast path can; the bytes copied, and the extents that are left, sorted.
+
+    Stops at a halt of the lease or at monotonic time `ends_at`. DiskIOError: nothing of it counts.
+    """
+    zeroes = [e for e in extents if e.reads_as_zeroes]
+    feed = _Feed([e for e in extents if not e.reads_as_zeroes], rate, lease)
+    done = path.copy(feed.ranges(), lambda: lease.halt is not None or time.monotonic() >= ends_at)
+    left = [Extent(offset, length, Status.DATA) for offset, length in done.left]
+    rest = sorted([*zeroes, *left, *feed.rest], key=lambda e: e.offset)
+    return done.copied, list(merge_adjacent(rest))
