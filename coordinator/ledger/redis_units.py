@@ -16,8 +16,8 @@ READY_BOUND = 1000
 """work_is_ready stops counting here."""
 REAP_UNITS = 1000
 """Units that one reap handles of each kind: a script blocks the server while it runs."""
-SWEEP_UNITS = 5000
-"""Forgotten units that one reap sweeps (about 5 ms)."""
+SWEEP_UNITS = 2000
+"""Forgotten units that one reap sweeps: one UNLINK of them, and Lua unpacks no more than about 8000."""
 
 
 def empty_release(job_id: str, unit_id: str) -> ValueError:

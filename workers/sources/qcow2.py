@@ -21,7 +21,9 @@ class Qcow2Source(NbdSource):
     """An image and its backing chain, opened read-only.
 
     An image that nobody writes is locked against a writer until close(), as by qemu-img. One that a running
-    QEMU writes is read beside it: what that QEMU still holds in memory is not seen, hence `may_change`.
+    QEMU writes is read beside it, hence `may_change`: what that QEMU has not flushed is not seen, and neither
+    are clusters that it allocates after this source was opened, since our server keeps the tables it has
+    read (tried on 7.2). A pass that has to see later writes opens the source anew.
     """
 
     def __init__(self, path: str, sync: Sync, bitmap: str | None, access: Access, connections: int) -> None:

@@ -40,9 +40,11 @@ local heap = redis.call('LINDEX', P .. 'trash', 0)
 if heap then
   local incarnation, first, last, job = string.match(heap, '^(%d+):(%d+):(%d+):(.*)$')
   local stop = math.min(tonumber(last), tonumber(first) + tonumber(ARGV[5]) - 1)
+  local keys = {}
   for number = tonumber(first), stop do
-    redis.call('UNLINK', unit_key(job, incarnation .. '-' .. int(number)))
+    keys[#keys + 1] = unit_key(job, incarnation .. '-' .. int(number))
   end
+  redis.call('UNLINK', unpack(keys))
   if stop == tonumber(last) then
     redis.call('LPOP', P .. 'trash')
   else

@@ -24,9 +24,7 @@ if last > 8 then
 end
 local state = redis.call('HGET', key, 'state')
 if state ~= before[2] then
-  if state == 'concluded' then
-    redis.call('SREM', P .. 'active', job)
-  end
+  redis.call(state == 'concluded' and 'SREM' or 'SADD', P .. 'active', job)
   emit(job, 'JOB_STATUS_CHANGE', '{"status":"' .. state .. '"}')
 end
 emit_all(job, last + 1)
