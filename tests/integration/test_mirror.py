@@ -370,3 +370,16 @@ def test_events_are_json_with_strictly_growing_ids(stack: Stack, disks: Path) ->
     ids = [tuple(map(int, e.id.split("-"))) for e in stack.client.events()]
     assert ids == sorted(set(ids))
     json.dumps(stack.events(""))
+
+
+def test_an_incremental_of_a_sparse_16_tib_disk_reads_no_holes(stack: Stack, disks: Path) -> None:
+    """And zeroes what the target holds where the source has a hole."""
+    source, target = disks / "source.qcow2", disks / "target.qcow2"
+    for image in (source, target):
+        qemu_img("create", "-f", "qcow2", image, 16 * TIB)
+    qemu_io(source, "write -P 7 0 1M", f"write -P 9 {9 * TIB} 64k")
+    qemu_io(target, "write -P 7 0 1M", f"write -P 5 {3 * TIB} 128k")
+    job = stack.mirror(source, target, sync="incremental")
+    assert job.error == "", stack.logs()
+    assert job.bytes_sent <= MIB + 64 * 1024
+    assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "qcow2", source, target)

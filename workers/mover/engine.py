@@ -169,15 +169,19 @@ class Engine:
         return chunk.length, sent, digest
 
     def _compare_zeroes(self, target: Target, chunk: Extent) -> tuple[int, int, bytes]:
-        """Zero what does not read as zeroes; what was zeroed counts as sent, for it differed."""
+        """Zero what does not read as zeroes; what was zeroed counts as sent, for it differed.
+
+        What the target knows to be zeroes is not read, or a sparse disk would take as long as a full one.
+        """
         changed = 0
-        for offset in range(chunk.offset, chunk.end, REQUEST_BYTES):
-            old = self._buffer("target", min(REQUEST_BYTES, chunk.end - offset))
-            with _blame(Side.TARGET):
-                target.read_into(offset, old)
+        with _blame(Side.TARGET):
+            known = list(target.extents(chunk.offset, chunk.length))
+            for piece in _chunks(extent for extent in known if not extent.reads_as_zeroes):
+                old = self._buffer("target", piece.length)
+                target.read_into(piece.offset, old)
                 if not _ZEROES.startswith(old):
-                    target.write_zeroes(offset, len(old))
-                    changed += len(old)
+                    target.write_zeroes(piece.offset, piece.length)
+                    changed += piece.length
         return 0, changed, _ZERO_DIGEST
 
 

@@ -7,9 +7,11 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from typing import Self
 
 from coordinator.model.errors import DiskIOError, Next, NotFoundError, RefusedError
+from coordinator.model.extent import Extent, Status
 from workers.access import Access
 from workers.sources.contract import Identity
 
@@ -81,6 +83,38 @@ class RawDisk:
                     remedy="do not resize a disk while it is copied",
                 )
             done += count
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Data and holes of the range, gapless. Holes are what the file system calls holes."""
+        end = offset + length
+        if self.is_device:  # lseek knows no holes there
+            yield Extent(offset, length, Status.DATA)
+            return
+        # The position that lseek leaves behind is shared between threads, but nothing here reads by it.
+        while offset < end:
+            data = min(self._seek(offset, os.SEEK_DATA, end), end)
+            yield Extent(offset, data - offset, Status.HOLE)
+            if data == end:
+                return
+            # At least one byte, or a file that is changed between the two calls would hold us here.
+            hole = min(max(self._seek(data, os.SEEK_HOLE, end), data + 1), end)
+            yield Extent(data, hole - data, Status.DATA)
+            offset = hole
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        try:
+            return os.lseek(self.fd, offset, whence)
+        except OSError as error:
+            # ENXIO: nothing but a hole up to the end of the file, provided that the file still ends there.
+            if error.errno == errno.ENXIO and os.fstat(self.fd).st_size >= self.size:
+                return end
+            raise DiskIOError(
+                f"cannot look for holes of {self.path}: {error.strerror}",
+                errno_=error.errno or errno.EIO,
+                offset=offset,
+                length=end - offset,
+                next_=Next.RETRY,
+            ) from error
 
     def identity(self) -> Identity:
         if self.is_device:

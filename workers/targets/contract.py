@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
+from coordinator.model.extent import Extent
 from workers.nbd.endpoint import Endpoint
 from workers.sources.contract import Identity
 
@@ -34,6 +36,9 @@ class Target(Protocol):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer from `offset`, to compare."""
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """What is known of [offset, offset + length): gapless, ZERO or HOLE where it reads as zeroes, else DATA."""
 
     def flush(self) -> None:
         """Every write that returned before this call is durable when it returns.

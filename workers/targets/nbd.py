@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 from coordinator.model.errors import DiskIOError, Next, RefusedError
+from coordinator.model.extent import Extent, Status, merge_adjacent
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
+from workers.sources.blockstatus import ALLOCATION, allocation
 from workers.sources.contract import Identity
 from workers.sources.nbd import endpoint_identity, open_session
 from workers.targets.zeroes import write_zero_bytes
@@ -20,7 +23,7 @@ class NbdTarget:
     def __init__(self, endpoint: Endpoint, access: Access | None, connections: int) -> None:
         """`access` is None for a server that we started ourselves. RefusedError for a read-only export."""
         candidates = access.check_endpoint(endpoint) if access is not None else (endpoint,)
-        self._session, self._endpoint = open_session(candidates, connections, contexts=())
+        self._session, self._endpoint = open_session(candidates, connections, contexts=(ALLOCATION,))
         self._identity = endpoint_identity(self._endpoint)
         if self._session.read_only:
             self._session.close()
@@ -42,6 +45,11 @@ class NbdTarget:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._session.read_into(offset, buffer)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        if ALLOCATION not in self._session.contexts:
+            return iter((Extent(offset, length, Status.DATA),))
+        return merge_adjacent(allocation(self._session, offset, length))
 
     def flush(self) -> None:
         # One at a time, and the first failure stays: a session tells of lost writes once, to the thread that

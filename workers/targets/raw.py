@@ -6,8 +6,10 @@ import ctypes
 import errno
 import os
 import threading
+from collections.abc import Iterator
 
 from coordinator.model.errors import DiskIOError, Next
+from coordinator.model.extent import Extent, merge_adjacent
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.sources.contract import Identity
@@ -63,6 +65,9 @@ class RawTarget:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._disk.read_into(offset, buffer)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        return merge_adjacent(self._disk.extents(offset, length))
 
     def flush(self) -> None:
         # One at a time, and the first failure stays: the kernel tells only one caller that a write-back
