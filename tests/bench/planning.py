@@ -74,7 +74,7 @@ def plan_nbd(count: int) -> Planned:
     with tempfile.TemporaryDirectory(prefix="flushpoint-plan-") as directory, _Daemon(Path(directory)) as daemon:
         daemon.make_bitmap(count)
         uri = f"nbd+unix:///bitmap?socket={daemon.nbd}"
-        source = open_source(parse(uri), Sync.DIRTY, BITMAP, Access((directory,), ("*",)), 2)
+        source = open_source(parse(uri), Sync.DIRTY, BITMAP, Access((directory,), ("*",)))
         try:
             planned = plan(source.extents(0, source.size))
         finally:

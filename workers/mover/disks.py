@@ -8,6 +8,7 @@ from coordinator.model.uri import parse
 from coordinator.settings import Settings
 from workers.access import Access
 from workers.mover.fastpath import FastPath, open_fast_path
+from workers.nbd.session import SessionLimits
 from workers.sources import open_source
 from workers.sources.contract import Source
 from workers.targets import open_target
@@ -23,8 +24,7 @@ class Disks:
 
     def __init__(self, settings: Settings) -> None:
         self.access = Access(settings.allowed_roots, settings.allowed_endpoints)
-        self._connections = settings.connections
-        self._io_timeout_s = settings.io_timeout_s
+        self._limits = SessionLimits(settings.connections, settings.io_timeout_s)
         self._open_for = ("", 0)
         self._source: Source | None = None
         self._target: Target | None = None
@@ -54,7 +54,7 @@ class Disks:
         """The fast path of the open pair, if it has one."""
         if not self._fast_sought and self._source is not None and self._target is not None:
             self._fast_sought = True
-            self._fast = open_fast_path(self._source, self._target, self._io_timeout_s)
+            self._fast = open_fast_path(self._source, self._target, self._limits.timeout_s)
         return self._fast
 
     def drop_fast_path(self) -> None:
@@ -65,7 +65,7 @@ class Disks:
 
     def open_source(self, job: JobRecord) -> Source:
         spec = job.spec
-        return open_source(parse(spec.source), spec.sync, spec.bitmap, self.access, self._connections)
+        return open_source(parse(spec.source), spec.sync, spec.bitmap, self.access, self._limits)
 
     def open_target(self, job: JobRecord, size: int, *, create: bool) -> Target:
         """With `create` the target is made or cut to size; it holds an older copy in the sync modes that update one."""
@@ -76,7 +76,7 @@ class Disks:
             overwrite=job.spec.overwrite or job.target_created,
             create=create,
             keep=job.spec.sync in (Sync.DIRTY, Sync.INCREMENTAL) or job.pass_number > 1,
-            connections=self._connections,
+            limits=self._limits,
         )
 
     def keep(self, job: JobRecord, source: Source, target: Target) -> None:

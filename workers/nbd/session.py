@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Self
 
 from coordinator.model.errors import DiskIOError, FlushpointError, Next, UnavailableError, UsageError
@@ -24,6 +25,17 @@ from workers.nbd.export import ExportAttributes
 EXTRA_CONNECT_TIMEOUT_S = 5.0
 """qemu-nbd without `--shared` leaves a second client waiting in the backlog; one connection does as well."""
 REPEAT_REMEDY = "Repeat every write made since the last flush that succeeded"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """How many connections a session may use, and how long, in seconds, its peer may be silent."""
+
+    connections: int = 2
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+
+DEFAULT_LIMITS = SessionLimits()
 
 
 class _Member:

@@ -7,6 +7,7 @@ from coordinator.model.job import Sync
 from coordinator.model.uri import DiskUri
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
+from workers.nbd.session import DEFAULT_LIMITS, SessionLimits
 from workers.sources.contract import Identity, Source
 from workers.sources.nbd import NbdSource
 from workers.sources.qcow2 import Qcow2Source
@@ -15,16 +16,18 @@ from workers.sources.raw import RawSource
 __all__ = ["Identity", "Source", "open_source"]
 
 
-def open_source(uri: DiskUri, sync: Sync, bitmap: str | None, access: Access, connections: int = 2) -> Source:
-    """Open a disk to be read; the caller closes it. `connections` is the most an NBD session may use.
+def open_source(
+    uri: DiskUri, sync: Sync, bitmap: str | None, access: Access, limits: SessionLimits = DEFAULT_LIMITS
+) -> Source:
+    """Open a disk to be read; the caller closes it. `limits` are those of an NBD session.
 
     NotFoundError for what does not exist, a bitmap included; RefusedError for what must not be read or
     cannot be read with this sync mode; UnavailableError for a server that does not answer.
     """
     if uri.kind == "nbd":
-        return NbdSource(Endpoint.parse(uri.nbd_uri), sync, bitmap, access, connections)
+        return NbdSource(Endpoint.parse(uri.nbd_uri), sync, bitmap, access, limits)
     if uri.format == "qcow2":
-        return Qcow2Source(uri.path, sync, bitmap, access, connections)
+        return Qcow2Source(uri.path, sync, bitmap, access, limits)
     if sync is Sync.DIRTY:
         raise RefusedError(
             f"{uri.path} is raw and has no dirty bitmaps",

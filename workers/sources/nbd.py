@@ -10,7 +10,7 @@ from coordinator.model.extent import Extent, Status, merge_adjacent
 from coordinator.model.job import Sync
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
-from workers.nbd.session import Session
+from workers.nbd.session import Session, SessionLimits
 from workers.sources.blockstatus import ALLOCATION, allocation, selected, selected_with_zeroes, selecting_context
 from workers.sources.contract import Identity
 
@@ -19,13 +19,13 @@ class NbdSource:
     """An export, over a session of its own."""
 
     def __init__(
-        self, endpoint: Endpoint, sync: Sync, bitmap: str | None, access: Access | None, connections: int
+        self, endpoint: Endpoint, sync: Sync, bitmap: str | None, access: Access | None, limits: SessionLimits
     ) -> None:
         """`access` is None for a server that we started ourselves on a socket of our own."""
         candidates = access.check_endpoint(endpoint) if access is not None else (endpoint,)
         self._selector = selecting_context(sync, bitmap)
         wanted = (ALLOCATION,) if self._selector is None else (ALLOCATION, self._selector)
-        self._session, self._endpoint = open_session(candidates, connections, wanted)
+        self._session, self._endpoint = open_session(candidates, limits, wanted)
         self._identity = endpoint_identity(self._endpoint)
         try:
             self._check_selector(bitmap)
@@ -82,15 +82,19 @@ class NbdSource:
 
 
 def open_session(
-    candidates: tuple[Endpoint, ...], connections: int, contexts: tuple[str, ...]
+    candidates: tuple[Endpoint, ...], limits: SessionLimits, contexts: tuple[str, ...]
 ) -> tuple[Session, Endpoint]:
     """A session with the first address of a server that answers."""
     for candidate in candidates[:-1]:
         try:
-            return Session.open(candidate, connections, contexts=contexts), candidate
+            return _open_session(candidate, limits, contexts), candidate
         except (UnavailableError, DiskIOError):
             continue  # a host with several addresses need not listen on all; the last one's error is told
-    return Session.open(candidates[-1], connections, contexts=contexts), candidates[-1]
+    return _open_session(candidates[-1], limits, contexts), candidates[-1]
+
+
+def _open_session(endpoint: Endpoint, limits: SessionLimits, contexts: tuple[str, ...]) -> Session:
+    return Session.open(endpoint, limits.connections, contexts=contexts, timeout_s=limits.timeout_s)
 
 
 def endpoint_identity(endpoint: Endpoint) -> Identity:

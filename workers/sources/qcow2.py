@@ -9,6 +9,7 @@ from coordinator.model.errors import DiskIOError, UnavailableError
 from coordinator.model.job import Sync
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
+from workers.nbd.session import SessionLimits
 from workers.qemu import locks
 from workers.qemu.image import Image, bitmap_for_reading, inspect
 from workers.qemu.server import QemuNbd
@@ -26,7 +27,7 @@ class Qcow2Source(NbdSource):
     read (tried on 7.2). A pass that has to see later writes opens the source anew.
     """
 
-    def __init__(self, path: str, sync: Sync, bitmap: str | None, access: Access, connections: int) -> None:
+    def __init__(self, path: str, sync: Sync, bitmap: str | None, access: Access, limits: SessionLimits) -> None:
         top = RawDisk.open(path, os.O_RDONLY, access)
         try:
             in_use = locks.has_writer(top.fd)
@@ -39,7 +40,7 @@ class Qcow2Source(NbdSource):
         self._chain = frozenset(_identity_of(i, access) for i in image.chain())
         self._server = QemuNbd(_node(image, in_use), _options(sync, bitmap))
         try:
-            super().__init__(Endpoint.parse(self._server.uri), sync, bitmap, None, connections)
+            super().__init__(Endpoint.parse(self._server.uri), sync, bitmap, None, limits)
         except (DiskIOError, UnavailableError) as error:
             death = self._server.death()
             self._server.close()

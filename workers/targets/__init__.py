@@ -9,6 +9,7 @@ from coordinator.model.job import Sync
 from coordinator.model.uri import DiskUri
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
+from workers.nbd.session import DEFAULT_LIMITS, SessionLimits
 from workers.qemu.image import inspect
 from workers.sources.contract import Identity
 from workers.sources.nbd import NbdSource
@@ -28,7 +29,7 @@ def open_target(
     access: Access,
     overwrite: bool,
     create: bool,
-    connections: int = 2,
+    limits: SessionLimits = DEFAULT_LIMITS,
     keep: bool = False,
 ) -> Target:
     """Open a disk of at least `size` bytes to be written; the caller closes it.
@@ -40,7 +41,7 @@ def open_target(
     if uri.kind == "file" and create:
         prepare = prepare_qcow2 if uri.format == "qcow2" else prepare_raw
         prepare(uri.path, size, access, Wish(overwrite=overwrite, keep=keep))
-    target = _open(uri, access, connections)
+    target = _open(uri, access, limits)
     try:
         check_size(str(uri), target.size, size)
     except BaseException:
@@ -78,13 +79,13 @@ def existing_target_identity(uri: DiskUri, access: Access) -> Identity | None:
     return disk.identity()
 
 
-def _open(uri: DiskUri, access: Access, connections: int) -> Target:
+def _open(uri: DiskUri, access: Access, limits: SessionLimits) -> Target:
     if uri.kind == "nbd":
-        return NbdTarget(Endpoint.parse(uri.nbd_uri), access, connections)
+        return NbdTarget(Endpoint.parse(uri.nbd_uri), access, limits)
     if uri.format == "qcow2":
-        return Qcow2Target(uri.path, access, connections)
+        return Qcow2Target(uri.path, access, limits)
     return RawTarget(uri.path, access)
 
 
 def _read_export(uri: DiskUri, access: Access) -> NbdSource:
-    return NbdSource(Endpoint.parse(uri.nbd_uri), Sync.FULL, None, access, connections=1)
+    return NbdSource(Endpoint.parse(uri.nbd_uri), Sync.FULL, None, access, SessionLimits(connections=1))

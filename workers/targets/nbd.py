@@ -9,6 +9,7 @@ from coordinator.model.errors import DiskIOError, Next, RefusedError
 from coordinator.model.extent import Extent, Status, merge_adjacent
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
+from workers.nbd.session import SessionLimits
 from workers.sources.blockstatus import ALLOCATION, allocation
 from workers.sources.contract import Identity
 from workers.sources.nbd import endpoint_identity, open_session
@@ -20,10 +21,10 @@ class NbdTarget:
 
     max_writers: int
 
-    def __init__(self, endpoint: Endpoint, access: Access | None, connections: int) -> None:
+    def __init__(self, endpoint: Endpoint, access: Access | None, limits: SessionLimits) -> None:
         """`access` is None for a server that we started ourselves. RefusedError for a read-only export."""
         candidates = access.check_endpoint(endpoint) if access is not None else (endpoint,)
-        self._session, self._endpoint = open_session(candidates, connections, contexts=(ALLOCATION,))
+        self._session, self._endpoint = open_session(candidates, limits, contexts=(ALLOCATION,))
         self._identity = endpoint_identity(self._endpoint)
         if self._session.read_only:
             self._session.close()

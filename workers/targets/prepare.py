@@ -19,6 +19,7 @@ from coordinator.model.errors import DiskIOError, FlushpointError, RefusedError
 from coordinator.model.extent import Status
 from coordinator.model.job import Sync
 from workers.access import Access
+from workers.nbd.session import SessionLimits
 from workers.qemu import locks
 from workers.qemu.image import create_qcow2, inspect
 from workers.sources.qcow2 import Qcow2Source
@@ -148,7 +149,7 @@ def _is_fresh_qcow2(path: str, size: int, access: Access) -> bool:
         image = inspect(path, access)
         if image.virtual_size != size or image.backing is not None or image.bitmaps:
             return False
-        source = Qcow2Source(path, Sync.FULL, None, access, connections=1)
+        source = Qcow2Source(path, Sync.FULL, None, access, SessionLimits(connections=1))
     except FlushpointError:  # not an image, or not one of ours
         return False
     try:

@@ -8,6 +8,7 @@ import time
 from coordinator.model.errors import FlushpointError
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
+from workers.nbd.session import SessionLimits
 from workers.qemu import locks
 from workers.qemu.image import Image, ImageInUseError, inspect
 from workers.qemu.server import QemuNbd
@@ -27,7 +28,7 @@ _OPTIONS = ("--discard=unmap", "--detect-zeroes=off", "--cache=writeback")
 class Qcow2Target(NbdTarget):
     """An existing image. QEMU's locks let one process write it, so one worker holds it at a time."""
 
-    def __init__(self, path: str, access: Access, connections: int) -> None:
+    def __init__(self, path: str, access: Access, limits: SessionLimits) -> None:
         """Waits up to LOCK_TIMEOUT_S for the last holder, then ImageInUseError."""
         disk = RawDisk.open(path, os.O_RDWR, access)
         try:
@@ -36,7 +37,7 @@ class Qcow2Target(NbdTarget):
             deadline = time.monotonic() + LOCK_TIMEOUT_S
             while True:
                 try:
-                    self._serve(image, connections)
+                    self._serve(image, limits)
                     break
                 except ImageInUseError:
                     if not _unlocked(disk.fd, deadline):
@@ -52,10 +53,10 @@ class Qcow2Target(NbdTarget):
         super().close()
         self._server.close()
 
-    def _serve(self, image: Image, connections: int) -> None:
+    def _serve(self, image: Image, limits: SessionLimits) -> None:
         self._server = QemuNbd(image.node(), _OPTIONS)
         try:
-            super().__init__(Endpoint.parse(self._server.uri), None, connections)
+            super().__init__(Endpoint.parse(self._server.uri), None, limits)
         except FlushpointError as error:
             death = self._server.death()
             self._server.close()
