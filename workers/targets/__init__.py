@@ -14,6 +14,7 @@ from workers.qemu.image import inspect
 from workers.sources.contract import Identity
 from workers.sources.nbd import NbdSource
 from workers.sources.rawdisk import RawDisk
+from workers.targets.aligned import AlignedTarget
 from workers.targets.contract import Target
 from workers.targets.nbd import NbdTarget
 from workers.targets.prepare import Wish, check_size, prepare_qcow2, prepare_raw
@@ -47,7 +48,7 @@ def open_target(
     except BaseException:
         target.close()
         raise
-    return target
+    return AlignedTarget(target) if target.block_size > 1 else target
 
 
 def existing_target_size(uri: DiskUri, access: Access) -> int | None:

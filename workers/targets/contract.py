@@ -22,7 +22,8 @@ class Target(Protocol):
         """May be larger than the source: a device or export is used from its start."""
 
     @property
-    def block_size(self) -> int: ...
+    def block_size(self) -> int:
+        """Any offset and length may be written; multiples of this are not read first."""
 
     @property
     def max_writers(self) -> int:
