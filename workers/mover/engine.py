@@ -82,8 +82,11 @@ class Engine:
         self, source: Source, target: Target, extents: Iterable[Extent], orders: Orders, lease: Lease, rate: RateLimit
     ) -> Outcome:
         """Copy `extents` (sorted); returns when nothing is in flight any more. Does not flush."""
-        queue = _Queue(extents, orders.ends_at, lease)
         outcome = Outcome()
+        extents = list(extents)
+        if not extents:
+            return outcome
+        queue = _Queue(extents, orders.ends_at, lease)
         digests: dict[int, bytes] = {}
         lock = threading.Lock()
 

@@ -26,11 +26,14 @@ from workers.mover.lease import Lease
 from workers.mover.rate import RateLimit
 from workers.nbd.connection import Connection, connect
 from workers.nbd.endpoint import Endpoint
-from workers.nbd.splice import MAX_RANGE_BYTES, PEEK_BYTES, Spliced, splice_to_file, splice_to_nbd
+from workers.nbd.splice import PEEK_BYTES, Spliced, splice_to_file, splice_to_nbd
 from workers.sources.contract import Source
 from workers.targets.contract import Target
 
-SPLICE_DEPTH = 16
+SPLICE_DEPTH = 64
+"""Ranges on their way; large ones are bounded by splice's window of bytes before that."""
+RANGE_BYTES = 512 * 1024
+"""Half as much to wait for at either end as 1 MiB, at no more CPU (measured on two cores over unix sockets)."""
 _ZERO_HEAD = bytes(PEEK_BYTES)
 
 Ranges = Iterable[tuple[int, int]]
@@ -45,7 +48,7 @@ class FastPath(Protocol):
     """One pair of open disks. Not thread-safe."""
 
     def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
-        """Copy ranges of at most MAX_RANGE_BYTES until they end or `stop` says so. DiskIOError: none of it counts."""
+        """Copy ranges of at most RANGE_BYTES until they end or `stop` says so. DiskIOError: none of it counts."""
 
     def flush(self) -> None:
         """Writes that were not made through the target itself are durable when it returns."""
@@ -164,7 +167,7 @@ class _Feed:
         for position, extent in enumerate(self.extents):
             offset = extent.offset
             while offset < extent.end:
-                length = min(extent.end, (offset // MAX_RANGE_BYTES + 1) * MAX_RANGE_BYTES) - offset
+                length = min(extent.end, (offset // RANGE_BYTES + 1) * RANGE_BYTES) - offset
                 self.rest = [Extent(offset, extent.end - offset, extent.status), *self.extents[position + 1 :]]
                 if not self.rate.admit(length, self.lease):
                     return
