@@ -171,13 +171,10 @@ class Stack:
 
     def wait(self, job_id: str, *states: State, timeout_s: float = 60) -> JobView:
         wanted = states or (State.CONCLUDED,)
-        deadline = time.monotonic() + timeout_s
-        while True:
-            job = self.client.job(job_id)
-            if job.state in wanted:
-                return job
-            assert time.monotonic() < deadline, f"still waiting for {wanted}: {job!r}\n{self.logs()}"
-            time.sleep(0.02)
+        try:
+            return self.client.wait(job_id, until=wanted, timeout_s=timeout_s)
+        except UnavailableError as error:
+            raise AssertionError(f"{error}: {self.client.job(job_id)!r}\n{self.logs()}") from error
 
     def wait_for_progress(self, job_id: str, offset: int) -> JobView:
         deadline = time.monotonic() + 60

@@ -22,8 +22,8 @@ from coordinator.model.view import JobView
 API_VERSION = "0.1.0"
 CAS_TRIES = 20
 """A verb competes with the control loop and with movers; each try reads the job afresh."""
-POLL_S = 0.02
-"""How often a waiting request looks at its job: the fixed cost of a job is felt by people."""
+LOOK_AGAIN_S = 2.0
+"""A waiting request is woken by events; this bounds what a lost one could cost."""
 
 
 class VerbBody(BaseModel):
@@ -95,10 +95,12 @@ def make_api(ledger: Ledger, leads: Callable[[], bool]) -> FastAPI:
         wanted = _states(until)
         deadline = time.monotonic() + wait
         while True:
+            last = ledger.last_event_id() if wait else ""  # before the look, or a change between the two is missed
             found = ledger.job(job_id)
-            if found.job.state in wanted or time.monotonic() >= deadline:
+            left = deadline - time.monotonic()
+            if found.job.state in wanted or left <= 0:
                 return shown(found)
-            time.sleep(POLL_S)
+            ledger.events(last, limit=1, wait_s=min(LOOK_AGAIN_S, left))
 
     @app.post("/v1/jobs/{job_id}/{verb}", response_model=None, responses={200: {"model": JobView}})
     def act(job_id: str, verb: Verb, response: Response, body: VerbBody | None = None) -> JobView | Response:
@@ -133,7 +135,7 @@ def make_api(ledger: Ledger, leads: Callable[[], bool]) -> FastAPI:
             if found or time.monotonic() >= deadline:
                 records = [EventRecord.model_validate(event) for event in found]
                 return EventPage(events=records, next=records[-1].id if records else after if not job else last)
-            ledger.events(last, limit=1, wait_s=min(2.0, max(0.01, deadline - time.monotonic())))
+            ledger.events(last, limit=1, wait_s=min(LOOK_AGAIN_S, max(0.01, deadline - time.monotonic())))
 
     return app
 

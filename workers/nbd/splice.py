@@ -70,7 +70,8 @@ def splice_to_nbd(
     """Copy `ranges` of (offset, length <= 1 MiB), but for those whose first PEEK_BYTES make `leave` say so.
 
     At most `depth` ranges and WINDOW_BYTES are on their way. `stop` is asked before each range; those begun are
-    finished. Nothing is flushed. Raises DiskIOError with the range, from the source or the target; what was copied is then unknown.
+    finished. Nothing is flushed. Raises DiskIOError with the range, from the source or the target; what was copied is
+    then unknown.
     """
     with _alone(source) as incoming, _alone(target) as outgoing:
         sink = _NbdSink(target, outgoing, depth)
