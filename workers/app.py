@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 
 from celery import Celery
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_shutting_down
 
 from coordinator.broker import make_app
 from coordinator.logs import configure_logs
@@ -18,7 +19,13 @@ from workers.tasks import Doorman
 def make_worker_app(settings: Settings) -> Celery:
     """The application with the one task there is: answer a doorbell."""
     app = make_app(settings)
-    doorman = Doorman(settings)
+    closing = multiprocessing.Event()  # inherited by the children; Celery tells only the parent of a shutdown
+
+    def close(**_: object) -> None:
+        closing.set()
+
+    worker_shutting_down.connect(close, weak=False)
+    doorman = Doorman(settings, closing.is_set)
     app.task(name=DOORBELL_TASK, ignore_result=True)(doorman.answer)
     worker_process_init.connect(_start_child, weak=False)
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import structlog
 from pydantic import ValidationError
@@ -20,8 +21,9 @@ log = structlog.get_logger()
 class Doorman:
     """Answers doorbells in a worker's child process; keeps its mover, with its open disks, between them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, closing: Callable[[], bool]) -> None:
         self._settings = settings
+        self._closing = closing
         self._mover: Mover | None = None
         self._pid = 0
 
@@ -46,5 +48,5 @@ class Doorman:
         if self._mover is None or self._pid != os.getpid():
             self._pid = os.getpid()
             ledger = RedisLedger(self._settings.redis_url, prefix=self._settings.redis_prefix)
-            self._mover = Mover(ledger, self._settings, f"{socket.gethostname()}-{self._pid}")
+            self._mover = Mover(ledger, self._settings, f"{socket.gethostname()}-{self._pid}", self._closing)
         return self._mover

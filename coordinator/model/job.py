@@ -4,10 +4,12 @@ States and verbs are QEMU's (QAPI JobStatus, JobVerb). Nothing but `TRANSITIONS`
 decides legality::
 
     created ──> running ──> ready ──> waiting ──> pending ──> concluded ──> (dismissed)
-                 │   ^       │  ^        │           │            ^
-                 v   │       v  │        │           │            │
-                paused     standby       └──> aborting <──────────┤ from every state
-                                                 └────────────────┘ before concluded
+      │  ^       │   ^       │  ^                                 ^
+      v  │       v   │       v  │     aborting ───────────────────┘
+      paused     paused     standby      ^
+                                         └── from every state before concluded
+
+A job that is told to complete stays ready until it is in sync; waiting is the moment between that and pending.
 """
 
 from __future__ import annotations
@@ -36,16 +38,16 @@ class State(enum.StrEnum):
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.CREATED: frozenset({State.RUNNING, State.PAUSED, State.ABORTING}),
-    State.RUNNING: frozenset({State.PAUSED, State.READY, State.WAITING, State.ABORTING}),
+    State.RUNNING: frozenset({State.PAUSED, State.READY, State.ABORTING}),
     State.PAUSED: frozenset({State.RUNNING, State.CREATED, State.ABORTING}),
     State.READY: frozenset({State.STANDBY, State.WAITING, State.ABORTING}),
     State.STANDBY: frozenset({State.READY, State.ABORTING}),
-    State.WAITING: frozenset({State.PENDING, State.READY, State.ABORTING}),
+    State.WAITING: frozenset({State.PENDING, State.ABORTING}),
     State.PENDING: frozenset({State.CONCLUDED, State.ABORTING}),
     State.ABORTING: frozenset({State.CONCLUDED}),
     State.CONCLUDED: frozenset(),
 }
-"""WAITING -> READY is ours: a complete that would not give a clean copy is refused and the job goes on."""
+"""CREATED and PAUSED, back and forth, as in QEMU; a complete that is refused leaves the job READY."""
 
 
 class Verb(enum.StrEnum):

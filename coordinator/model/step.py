@@ -72,7 +72,10 @@ def apply_verb(job: JobRecord, verb: Verb, arguments: VerbArguments) -> Step:
                 raise RefusedError(
                     f"job {job.id} mirrors no live guest, so there is nothing to pivot", "complete it without pivot"
                 )
-            return Step("complete asked for", {"complete_requested": True, "error": "", "error_code": ""})
+            return Step(
+                "complete asked for",
+                {"complete_requested": True, "complete_passes": 0, "error": "", "error_code": ""},
+            )
         case Verb.CANCEL:
             force = arguments.force or job.cancel_requested == "force"
             return Step("cancel asked for", {"cancel_requested": "force" if force else "soft"})
@@ -177,16 +180,13 @@ def _running(job: JobRecord, now: float) -> Step | None:
 
 
 def _ready(job: JobRecord, now: float) -> Step | None:
-    if not (job.complete_requested or job.spec.auto_complete):
-        return None
-    return Step("completes", {"state": State.WAITING, "complete_passes": 0})
-
-
-def _waiting(job: JobRecord, now: float) -> Step | None:
+    """Nothing, until told to complete; then comparing passes until one finds nothing that differs."""
     if not job.settled:
         return _run_pass(job, now)
-    if not job.source_may_change or (job.compared and job.pass_sent == 0):
-        return Step("in sync and flushed", {"state": State.PENDING})
+    if not (job.complete_requested or job.spec.auto_complete):
+        return None
+    if not job.source_may_change or (job.complete_passes and job.pass_sent == 0):
+        return Step("in sync and flushed, completes", {"state": State.WAITING})
     if job.complete_passes < MAX_COMPLETE_PASSES:
         return Step(
             "the source may have changed, compares once more",
@@ -195,6 +195,10 @@ def _waiting(job: JobRecord, now: float) -> Step | None:
             drop_units=True,
         )
     return _refuse_complete(job)
+
+
+def _waiting(job: JobRecord, now: float) -> Step:
+    return Step("has nothing left to do", {"state": State.PENDING})
 
 
 def _refuse_complete(job: JobRecord) -> Step:
@@ -207,8 +211,8 @@ def _refuse_complete(job: JobRecord) -> Step:
     return Step(
         "refuses to complete",
         {
-            "state": State.READY,
             "complete_requested": False,
+            "complete_passes": 0,
             "error": why + "complete it again",
             "error_code": "refused",
         },

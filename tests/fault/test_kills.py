@@ -58,6 +58,21 @@ def test_a_killed_worker_costs_at_most_the_units_in_flight(stack: Stack, source:
     assert ended.bytes_sent <= SIZE + 2 * UNIT_BYTES
 
 
+def test_a_terminated_worker_loses_and_repeats_nothing(stack: Stack, source: Path, tmpfs_path: Path) -> None:
+    target = tmpfs_path / "target.img"
+    job = stack.submit(source, target, speed=SPEED)
+    stack.wait_for_progress(job.id, SIZE // 4)
+    begun = time.monotonic()
+    stack.processes.pop("worker").terminate()
+    assert time.monotonic() - begun < 10
+    stack.start_worker()
+    stack.client.set_speed(job.id, 0)
+    ended = stack.wait(job.id)
+    assert ended.error == "", stack.logs()
+    assert ended.bytes_sent == ended.offset == SIZE
+    assert same_bytes(source, target)
+
+
 def test_one_killed_mover_is_replaced_by_the_others(stack: Stack, source: Path, tmpfs_path: Path) -> None:
     target = tmpfs_path / "target.img"
     job = stack.submit(source, target, speed=SPEED)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import IoStatus, State
 from tests.stack import MIB, QemuNbd, Stack, make_disk, random_disk, running_stack, same_bytes, wait_until
+from workers.nbd.connection import connect
+from workers.nbd.endpoint import Endpoint
 
 pytestmark = pytest.mark.needs("qemu-nbd", "qemu-img", "qemu-io", "nbdkit")
 TIB = 1024**4
@@ -226,6 +229,56 @@ def test_a_writable_export_is_compared_until_in_sync(stack: Stack, disks: Path) 
     assert job.pass_number == 2
     assert job.pass_sent == 0
     assert same_bytes(source, disks / "target.img")
+
+
+class Writer:
+    """Writes to an export again and again, as a guest would, until told to stop."""
+
+    def __init__(self, uri: str) -> None:
+        self._connection = connect(Endpoint.parse(uri))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._write)
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._connection.flush()
+        self._connection.close()
+
+    def _write(self) -> None:
+        n = 0
+        while not self._stop.wait(0.001):
+            n += 1
+            self._connection.write(n * 65536 % self._connection.size, n.to_bytes(8, "big") * 512)
+
+
+def test_complete_under_a_writer_is_refused_and_later_gives_a_clean_copy(stack: Stack, disks: Path) -> None:
+    source, target = random_disk(disks / "source.img", 16 * MIB), disks / "target.img"
+    with QemuNbd(source) as server:
+        job = stack.submit(server.uri, target, auto_complete=False)
+        stack.wait(job.id, State.READY)
+        with Writer(server.uri):
+            stack.client.complete(job.id)
+            wait_until(lambda: stack.client.job(job.id).error != "", "the refusal", 60)
+        refused = stack.client.job(job.id)
+        assert refused.state is State.READY
+        assert "still changes" in refused.error
+        stack.client.complete(job.id)
+        ended = stack.wait(job.id)
+    assert ended.error == "", stack.logs()
+    assert same_bytes(source, target)
+
+
+def test_a_job_that_completes_by_itself_fails_rather_than_end_half(stack: Stack, disks: Path) -> None:
+    source = random_disk(disks / "source.img", 4 * MIB)
+    with QemuNbd(source) as server, Writer(server.uri):
+        job = stack.mirror(server.uri, disks / "target.img")
+    assert job.failed
+    assert job.error_code == "refused"
 
 
 # -- errors and policies ------------------------------------------------------------------------------------------

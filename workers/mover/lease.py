@@ -27,7 +27,7 @@ class Halt(enum.Enum):
     LOST = "lost"
     """The lease is not ours any more: stop writing at once, tell nobody."""
     YIELD = "yield"
-    """Paused or cancelled: drain, flush, release what remains."""
+    """Paused, cancelled or closing: drain, flush, release what remains."""
 
 
 class LeaseLostError(FlushpointError):
@@ -37,10 +37,20 @@ class LeaseLostError(FlushpointError):
 class Lease:
     """Context manager around the work on one claimed unit.
 
-    `granted_at` is monotonic, from before the claim was sent; `speed` in bytes a second until the first renewal.
+    `granted_at` is monotonic, from before the claim was sent; `speed` in bytes a second until the first renewal;
+    `closing` says when the process is to end.
     """
 
-    def __init__(self, ledger: Ledger, claim: Claim, renew_s: float, granted_at: float, speed: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        claim: Claim,
+        renew_s: float,
+        granted_at: float,
+        speed: int,
+        closing: Callable[[], bool],
+    ) -> None:
+        self._closing = closing
         self._ledger = ledger
         self._claim = claim
         self._renew_s = renew_s
@@ -107,5 +117,5 @@ class Lease:
             self._granted_at = asked_at
             self._arm()
             self.speed = told.speed
-            if not told.run:
+            if not told.run or self._closing():
                 self._halt = Halt.YIELD

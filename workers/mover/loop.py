@@ -6,6 +6,7 @@ import errno
 import math
 import secrets
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -31,9 +32,10 @@ log = structlog.get_logger()
 
 
 class Mover:
-    """One a process; `work` is called for each doorbell."""
+    """One a process; `work` is called for each doorbell. Once `closing` it hands back its unit and claims no more."""
 
-    def __init__(self, ledger: Ledger, settings: Settings, name: str) -> None:
+    def __init__(self, ledger: Ledger, settings: Settings, name: str, closing: Callable[[], bool]) -> None:
+        self._closing = closing
         self._ledger = ledger
         self._settings = settings
         self._name = name
@@ -47,7 +49,7 @@ class Mover:
         ends_at = time.monotonic() + self._settings.worker_budget_s
         done = 0
         try:
-            while time.monotonic() < ends_at:
+            while time.monotonic() < ends_at and not self._closing():
                 granted_at = time.monotonic()
                 claim = self._ledger.claim(self._name, secrets.token_hex(16), int(self._settings.lease_s * 1000))
                 if claim is None:
@@ -63,7 +65,7 @@ class Mover:
             job = self._ledger.job(claim.job_id).job
         except NotFoundError:
             return
-        lease = Lease(self._ledger, claim, self._settings.renew_s, granted_at, job.speed)
+        lease = Lease(self._ledger, claim, self._settings.renew_s, granted_at, job.speed, self._closing)
         serve = {
             UnitKind.PLAN: self._plan,
             UnitKind.COPY: self._copy,

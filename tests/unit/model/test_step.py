@@ -80,24 +80,34 @@ def test_a_ready_job_waits_for_complete_unless_told_to_complete_by_itself() -> N
 
 
 def test_a_source_that_cannot_change_completes_after_one_pass() -> None:
-    assert step_of(settled(state=State.WAITING)).sentence == "in sync and flushed"
+    assert step_of(settled(state=State.READY)).sentence == "in sync and flushed, completes"
 
 
 def test_a_source_that_may_change_is_compared_before_it_completes() -> None:
-    step = step_of(settled(state=State.WAITING, source_may_change=True))
+    step = step_of(settled(state=State.READY, source_may_change=True))
     assert step.changes["pass_kind"] == "compare"
     assert step.changes["pass_number"] == 2
 
 
 def test_a_comparing_pass_that_found_nothing_is_in_sync() -> None:
-    assert (
-        step_of(settled(state=State.WAITING, source_may_change=True, compared=True)).sentence == "in sync and flushed"
-    )
+    compared = settled(state=State.READY, source_may_change=True, compared=True, complete_passes=1)
+    assert step_of(compared).sentence == "in sync and flushed, completes"
+
+
+def test_what_was_compared_before_complete_was_asked_for_proves_nothing() -> None:
+    held = settled(state=State.READY, source_may_change=True, compared=True, auto_complete=False)
+    asked = after(held, apply_verb(held, Verb.COMPLETE, VerbArguments()))
+    assert step_of(asked).changes["pass_kind"] == "compare"
+
+
+def test_a_job_that_compares_again_may_be_paused() -> None:
+    comparing = settled(state=State.READY, settled=False, pass_kind="compare", complete_passes=1, pause_requested=True)
+    assert step_of(comparing).changes["state"] is State.STANDBY
 
 
 def test_a_source_that_never_rests_refuses_complete_and_the_job_goes_on() -> None:
     waiting = settled(
-        state=State.WAITING,
+        state=State.READY,
         source_may_change=True,
         compared=True,
         pass_sent=1,

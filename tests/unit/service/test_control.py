@@ -61,8 +61,8 @@ def test_a_job_is_driven_from_created_to_concluded(bench: Bench) -> None:
         "job j starts with a copy pass",
         "job j everything is copied, settles",
         "job j ready",
-        "job j completes",
-        "job j in sync and flushed",
+        "job j in sync and flushed, completes",
+        "job j has nothing left to do",
         "job j concluded",
     ]
     job = bench.ledger.job("j").job
