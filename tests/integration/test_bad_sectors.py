@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from coordinator.model.job import State
-from tests.stack import MIB, Stack, random_disk, running_stack, same_bytes, wait_until
+from tests.stack import MIB, Nbdkit, Stack, random_disk, running_stack, same_bytes
 
 pytestmark = pytest.mark.needs("nbdkit")
 BAD = 5 * MIB + 65536
@@ -24,12 +22,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield running
 
 
-class BadSector:
+class BadSector(Nbdkit):
     """A disk one sector of which cannot be read (nbdkit's sh plugin) until `mended` exists."""
 
     def __init__(self, image: Path) -> None:
         self.mended = image.with_name("mended")
-        self.socket = image.with_name("bad.sock")
         script = image.with_name("bad.sh")
         script.write_text(
             "#!/bin/sh\n"
@@ -44,25 +41,7 @@ class BadSector:
             "esac\n"
         )
         script.chmod(0o700)
-        program = shutil.which("nbdkit")
-        assert program is not None
-        self._process = subprocess.Popen(
-            [program, "-f", "-r", "-U", str(self.socket), "sh", str(script)],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_until(self.socket.exists, "nbdkit")
-
-    @property
-    def uri(self) -> str:
-        return f"nbd+unix:///?socket={self.socket}"
-
-    def __enter__(self) -> BadSector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(10)
+        super().__init__(image, "--readonly", "sh", str(script))
 
 
 def test_report_names_the_range_that_failed(stack: Stack, tmp_path: Path) -> None:

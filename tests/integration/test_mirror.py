@@ -17,7 +17,7 @@ import pytest
 
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import IoStatus, State
-from tests.stack import MIB, QemuNbd, Stack, make_disk, random_disk, running_stack, same_bytes, wait_until
+from tests.stack import MIB, Nbdkit, QemuNbd, Stack, make_disk, random_disk, running_stack, same_bytes, wait_until
 from workers.nbd.connection import connect
 from workers.nbd.endpoint import Endpoint
 
@@ -76,23 +76,25 @@ def test_every_source_reaches_every_target(
 ) -> None:
     size, data = CONTENTS[content]
     original = make_disk(disks / "original.img", size, data)
-    if content == "empty" and "nbd" in (source_kind, target_kind):
-        pytest.skip("qemu-nbd serves no disk of 0 bytes")
-    servers: list[QemuNbd] = []
+    servers: list[QemuNbd | Nbdkit] = []
+
+    def serve(image: Path, *options: str) -> str:
+        """qemu-nbd serves no disk of 0 bytes, nbdkit does."""
+        servers.append(QemuNbd(image, *options) if size else Nbdkit(image, *options, "file", str(image)))
+        return servers[-1].uri
+
     try:
         source: Path | str = original
         if source_kind == "qcow2":
             source = disks / "source.qcow2"
             qemu_img("convert", "-f", "raw", "-O", "qcow2", original, source)
         elif source_kind == "nbd":
-            servers.append(QemuNbd(original, "--read-only"))
-            source = servers[-1].uri
+            source = serve(original, "--read-only" if size else "--readonly")
         image = disks / ("target.qcow2" if target_kind == "qcow2" else "target.img")
         target: Path | str = image
         if target_kind == "nbd":
             random_disk(image, size)  # old data, which must not shine through the holes
-            servers.append(QemuNbd(image))
-            target = servers[-1].uri
+            target = serve(image)
         job = stack.mirror(source, target)
     finally:
         for server in servers:
@@ -284,30 +286,12 @@ def test_a_job_that_completes_by_itself_fails_rather_than_end_half(stack: Stack,
 # -- errors and policies ------------------------------------------------------------------------------------------
 
 
-class Faulty:
-    """nbdkit over a raw file whose reads or writes fail while a trigger file exists."""
+class Faulty(Nbdkit):
+    """A raw file whose reads or writes fail while the trigger file exists."""
 
-    def __init__(self, image: Path, *filters: str) -> None:
-        self.socket = image.with_name(image.name + ".nbdkit.sock")
+    def __init__(self, image: Path, *errors: str) -> None:
         self.trigger = image.with_name(image.name + ".trigger")
-        program = shutil.which("nbdkit")
-        assert program is not None
-        command = [program, "-f", "-U", str(self.socket), "--filter=error", "file", str(image)]
-        self._process = subprocess.Popen(
-            [*command, f"error-file={self.trigger}", *filters], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        wait_until(self.socket.exists, "nbdkit")
-
-    @property
-    def uri(self) -> str:
-        return f"nbd+unix:///?socket={self.socket}"
-
-    def __enter__(self) -> Faulty:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(10)
+        super().__init__(image, "--filter=error", "file", str(image), f"error-file={self.trigger}", *errors)
 
 
 def test_report_fails_the_job_with_the_range(stack: Stack, disks: Path) -> None:
