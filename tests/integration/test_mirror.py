@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -17,6 +18,7 @@ import pytest
 
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import IoStatus, State
+from tests.contract.disks import loop_device
 from tests.stack import MIB, Nbdkit, QemuNbd, Stack, make_disk, random_disk, running_stack, same_bytes, wait_until
 from workers.nbd.connection import connect
 from workers.nbd.endpoint import Endpoint
@@ -68,38 +70,48 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("target_kind", ["raw", "qcow2", "nbd"])
-@pytest.mark.parametrize("source_kind", ["raw", "qcow2", "nbd"])
+KINDS = ("raw", "qcow2", "nbd", "device")
+PAIRS = [
+    (source, target, content)
+    for source, target, content in itertools.product(KINDS, KINDS, CONTENTS)
+    if not (content == "empty" and "device" in (source, target))  # there is no block device of 0 bytes
+]
+
+
+@pytest.mark.needs("losetup")
+@pytest.mark.parametrize(("source_kind", "target_kind", "content"), PAIRS)
 def test_every_source_reaches_every_target(
     stack: Stack, disks: Path, source_kind: str, target_kind: str, content: str
 ) -> None:
     size, data = CONTENTS[content]
     original = make_disk(disks / "original.img", size, data)
-    servers: list[QemuNbd | Nbdkit] = []
+    image = disks / ("target.qcow2" if target_kind == "qcow2" else "target.img")
+    with contextlib.ExitStack() as servers:
 
-    def serve(image: Path, *options: str) -> str:
-        """qemu-nbd serves no disk of 0 bytes, nbdkit does."""
-        servers.append(QemuNbd(image, *options) if size else Nbdkit(image, *options, "file", str(image)))
-        return servers[-1].uri
+        def serve(served: Path, *options: str) -> str:
+            """qemu-nbd serves no disk of 0 bytes, nbdkit does."""
+            server = QemuNbd(served, *options) if size else Nbdkit(served, *options, "file", str(served))
+            return servers.enter_context(server).uri
 
-    try:
         source: Path | str = original
-        if source_kind == "qcow2":
-            source = disks / "source.qcow2"
-            qemu_img("convert", "-f", "raw", "-O", "qcow2", original, source)
-        elif source_kind == "nbd":
-            source = serve(original, "--read-only" if size else "--readonly")
-        image = disks / ("target.qcow2" if target_kind == "qcow2" else "target.img")
         target: Path | str = image
-        if target_kind == "nbd":
+        match source_kind:
+            case "qcow2":
+                source = disks / "source.qcow2"
+                qemu_img("convert", "-f", "raw", "-O", "qcow2", original, source)
+            case "nbd":
+                source = serve(original, "--read-only" if size else "--readonly")
+            case "device":
+                source = servers.enter_context(loop_device(original, "--read-only"))
+        if target_kind in ("nbd", "device"):
             random_disk(image, size)  # old data, which must not shine through the holes
-            target = serve(image)
+        match target_kind:
+            case "nbd":
+                target = serve(image)
+            case "device":
+                target = servers.enter_context(loop_device(image))
         job = stack.mirror(source, target)
-    finally:
-        for server in servers:
-            server.terminate()
-    assert job.error == "", stack.logs()
+        assert job.error == "", stack.logs()
     assert job.len == job.offset
     copy = flat(image, "qcow2", disks) if target_kind == "qcow2" else image
     assert same_bytes(original, copy)
