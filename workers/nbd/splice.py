@@ -40,6 +40,8 @@ MAX_RANGE_BYTES = 1 << 20
 WINDOW_BYTES = 4 << 20
 """Most bytes on their way: what the processor's caches hold between the four copies that servers and sockets make of
 them. Four times as much was a fifth slower on two cores; small ranges are bounded by `depth` alone."""
+_LAST = int(os.SPLICE_F_MOVE)
+_MORE = int(os.SPLICE_F_MOVE | os.SPLICE_F_MORE)
 PEEK_BYTES = 64
 """How much of a payload `leave` is shown."""
 
@@ -245,7 +247,7 @@ class _NbdSink:
             got = _fill(incoming, pipe, length)
             length -= got
             while got:
-                got -= os.splice(pipe[0], self._outgoing.fileno(), got, flags=_flags(more=length > 0))
+                got -= os.splice(pipe[0], self._outgoing.fileno(), got, flags=_MORE if length else _LAST)
         self._sent.put(True)  # only now: the target's silence before is not its fault
 
     def _take_answers(self) -> None:
@@ -337,10 +339,6 @@ def _fill(incoming: socket.socket, pipe: tuple[int, int], length: int) -> int:
     if got == 0:
         raise ConnectionError("the server closed the connection")
     return got
-
-
-def _flags(*, more: bool) -> int:
-    return os.SPLICE_F_MOVE | (os.SPLICE_F_MORE if more else 0)
 
 
 def _simple_reply(sock: socket.socket) -> tuple[int, int]:
