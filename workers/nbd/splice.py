@@ -2,8 +2,8 @@
 
                 READ ▶                     WRITE ▶
     source ◀────────────── this thread ──────────────▶ target
-           payload ═══▶ pipe ═══splice═══▶ payload    │
-                                      answers ◀───────┘ second thread
+           payload ═══▶ pipe ═══splice═══▶ payload
+                                      ◀ answers
 
 The connections are dedicated, plain (no TLS, whose bytes must be decrypted here) and opened with structured=False:
 after the header of a simple reply comes exactly the data that was asked for, so splice knows what follows.
@@ -19,11 +19,9 @@ import errno
 import fcntl
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import Protocol
 
 from coordinator.model.errors import DiskIOError, Next
@@ -37,9 +35,9 @@ MAX_RANGE_BYTES = 1 << 20
 """One range goes through one pipe, and 1 MiB is what the kernel gives an ordinary user (pipe-max-size)."""
 
 
-WINDOW_BYTES = 4 << 20
+WINDOW_BYTES = 2 << 20
 """Most bytes on their way: what the processor's caches hold between the four copies that servers and sockets make of
-them. Four times as much was a fifth slower on two cores; small ranges are bounded by `depth` alone."""
+them. Eight times as much was a fifth slower on two cores; small ranges are bounded by `depth` alone."""
 _LAST = int(os.SPLICE_F_MOVE)
 _MORE = int(os.SPLICE_F_MOVE | os.SPLICE_F_MORE)
 PEEK_BYTES = 64
@@ -77,8 +75,9 @@ def splice_to_nbd(
     """
     with _alone(source) as incoming, _alone(target) as outgoing:
         sink = _NbdSink(target, outgoing, depth)
-        with _broken_together(source, target), sink:
+        with _broken_together(source, target):
             left = _copy(source, incoming, sink, ranges, depth, stop, leave)
+            sink.settle()
         sink.raise_error()
         return Spliced(sink.copied, left)
 
@@ -193,7 +192,11 @@ class _Window:
 
 
 class _NbdSink:
-    """Another export: WRITE headers from this thread, answers to a second one."""
+    """Another export. Its answers are taken whenever they are there, and waited for only when there is no room.
+
+    They cannot pile up: an answer is 16 bytes, and no more are on their way than the window has ranges. So the
+    target never waits for us to read one, and one thread is enough.
+    """
 
     def __init__(self, target: Connection, outgoing: socket.socket, depth: int) -> None:
         self.copied = 0
@@ -201,42 +204,22 @@ class _NbdSink:
         self._target = target
         self._outgoing = outgoing
         self._window = _Window(depth)
-        self._answered = threading.Condition()
         self._writes: dict[int, tuple[int, int]] = {}
         self._cookie = 0
-        self._sent: SimpleQueue[bool] = SimpleQueue()
-        self._broken = ""
-        self._thread = threading.Thread(target=self._take_answers, name="nbd-splice")
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._target.abort()  # it will never be told the rest of a payload
-        self._sent.put(False)
-        self._thread.join()
-        if self._broken:
-            raise lost_error(Request(Command.WRITE), str(self._target.endpoint), self._broken)
-
-    def raise_error(self) -> None:
-        if self.error is not None:
-            raise self.error
 
     def room(self, length: int, *, wait: bool) -> bool:
-        """Bounded: the second thread says so when the target falls silent."""
-        with self._answered:
-            if wait:
-                self._answered.wait_for(lambda: self._window.fits(length) or self._broken != "")
-            fits = self._window.fits(length) and not self._broken
-            if fits:
-                self._window.add(length)
-            return fits
+        """Bounded: the socket's timeout ends a wait for a silent target."""
+        while self._writes and self._answer_is_there():
+            self._take_answer()
+        while wait and not self._window.fits(length):
+            self._take_answer()
+        if not self._window.fits(length):
+            return False
+        self._window.add(length)
+        return True
 
     def give_back(self, length: int) -> None:
-        with self._answered:
-            self._window.remove(length)
-            self._answered.notify()
+        self._window.remove(length)
 
     def take(self, incoming: socket.socket, pipe: tuple[int, int], offset: int, length: int) -> None:
         self._cookie += 1
@@ -248,28 +231,42 @@ class _NbdSink:
             length -= got
             while got:
                 got -= os.splice(pipe[0], self._outgoing.fileno(), got, flags=_MORE if length else _LAST)
-        self._sent.put(True)  # only now: the target's silence before is not its fault
 
-    def _take_answers(self) -> None:
+    def settle(self) -> None:
+        """Wait for the answers that are still to come."""
+        while self._writes:
+            self._take_answer()
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _answer_is_there(self) -> bool:
         try:
-            while self._sent.get():
-                cookie, number = _simple_reply(self._outgoing)
-                if cookie not in self._writes:
-                    raise ProtocolError(f"a reply to request {cookie}, which is not in flight")
-                offset, length = self._writes.pop(cookie)
-                if number:
-                    request = Request(Command.WRITE, offset, length)
-                    error = server_error(request, str(self._target.endpoint), ServerError(wire.posix_errno(number)))
-                    self.error = self.error or error
-                else:
-                    self.copied += length
-                self.give_back(length)
+            return self._outgoing.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def _take_answer(self) -> None:
+        try:
+            cookie, number = _simple_reply(self._outgoing)
+            if cookie not in self._writes:
+                raise ProtocolError(f"a reply to request {cookie}, which is not in flight")
         except (OSError, ProtocolError) as error:
-            self._target.abort()
-            with self._answered:
-                self._broken = _reason(error)
-                self.error = lost_error(Request(Command.WRITE), str(self._target.endpoint), self._broken)
-                self._answered.notify()
+            raise self._lost(error) from error
+        offset, length = self._writes.pop(cookie)
+        self._window.remove(length)
+        if number == 0:
+            self.copied += length
+            return
+        request = Request(Command.WRITE, offset, length)
+        failure = server_error(request, str(self._target.endpoint), ServerError(wire.posix_errno(number)))
+        self.error = self.error or failure
+
+    def _lost(self, error: OSError | ProtocolError) -> DiskIOError:
+        return lost_error(Request(Command.WRITE), str(self._target.endpoint), _reason(error))
 
 
 class _FileSink:
