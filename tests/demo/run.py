@@ -152,7 +152,7 @@ def demonstrate(lab: Lab) -> list[Copied]:
     change(disk)
     dirty = dirty_bytes(lab, disk)
     console.print(f"Changed a part: the bitmap {BITMAP} says {mib(dirty)} are dirty")
-    options = ("--sync", "dirty", "--bitmap", BITMAP, "--overwrite")
+    options = ("--sync", "dirty", "--bitmap", BITMAP)
     for what, copy in (("dirty: qcow2 to NBD", lab.uri("remote")), ("dirty: qcow2 to file", str(local))):
         copied = mirror(what, str(disk), copy, *options)
         results.append(copied)
