@@ -15,7 +15,7 @@ import structlog
 from coordinator.broker import queue_of
 from coordinator.ledger import RedisLedger
 from coordinator.logs import configure_logs
-from coordinator.model.errors import FlushpointError, UnavailableError
+from coordinator.model.errors import FlushpointError
 from coordinator.model.messages import MOVER_ROLE
 from coordinator.settings import Settings, load_settings
 from workers.app import make_worker_app, worker_name
@@ -48,12 +48,12 @@ class Presence:
         while not self._stop.is_set():
             try:
                 ledger.worker_alive(self._name, MOVER_ROLE, slots, ALIVE_TTL_MS)
-            except UnavailableError as error:
-                log.warning("cannot reach the ledger", error=str(error))
+            except FlushpointError as error:
+                log.warning("cannot use the ledger", error=str(error))
             self._stop.wait(ALIVE_EVERY_S)
         try:
             ledger.worker_gone(self._name)
-        except UnavailableError:
+        except FlushpointError:
             log.warning("cannot say goodbye; the worker's entry ends by itself")
         ledger.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import mmap
 import os
 import socket
 
@@ -19,13 +19,15 @@ from workers.tasks import Doorman
 def make_worker_app(settings: Settings) -> Celery:
     """The application with the one task there is: answer a doorbell."""
     app = make_app(settings)
-    closing = multiprocessing.Event()  # inherited by the children; Celery tells only the parent of a shutdown
+    # Shared with the children, since Celery tells only the parent of a shutdown. A byte and no Event: one of its
+    # locks would stay taken for ever by a child that is killed while it looks.
+    closing = mmap.mmap(-1, 1)
 
     def close(**_: object) -> None:
-        closing.set()
+        closing[0] = 1
 
     worker_shutting_down.connect(close, weak=False)
-    doorman = Doorman(settings, closing.is_set)
+    doorman = Doorman(settings, lambda: closing[0] != 0)
     app.task(name=DOORBELL_TASK, ignore_result=True)(doorman.answer)
     worker_process_init.connect(_start_child, weak=False)
     return app

@@ -10,7 +10,7 @@ import structlog
 from pydantic import ValidationError
 
 from coordinator.ledger import RedisLedger
-from coordinator.model.errors import UnavailableError
+from coordinator.model.errors import FlushpointError
 from coordinator.model.messages import MESSAGE_VERSION, Doorbell
 from coordinator.settings import Settings
 from workers.mover.loop import Mover
@@ -40,8 +40,8 @@ class Doorman:
         mover = self._mover_of_this_process()
         try:
             mover.work(bell)
-        except UnavailableError as error:
-            log.warning("cannot reach the ledger; another doorbell will come", error=str(error))
+        except FlushpointError as error:
+            log.warning("cannot use the ledger; another doorbell will come", error=str(error))
 
     def _mover_of_this_process(self) -> Mover:
         """Celery forks its children after this object is made: each has a mover of its own."""

@@ -18,8 +18,9 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
+from coordinator.ledger.contract import LedgerUnavailableError
 from coordinator.ledger.keys import Keys
-from coordinator.model.errors import FlushpointError, UnavailableError, UsageError
+from coordinator.model.errors import FlushpointError, UsageError
 
 SOCKET_TIMEOUT_S = 20.0
 BLOCK_S = 5.0
@@ -34,6 +35,9 @@ _REFUSALS = {
     "READONLY": ("is a read-only replica", "give the URL of the primary"),
     "MASTERDOWN": ("is a replica without its primary", "give the URL of the primary"),
     "BUSY": ("is busy with a script", "try again in some seconds"),
+    "UNBLOCKED": ("has become a replica", "wait for the failover, or give the URL of the primary"),
+    "NOREPLICAS": ("lacks the replicas it wants", "start them, or lower min-replicas-to-write"),
+    "CLUSTERDOWN": ("belongs to a cluster that is down", "repair the cluster"),
     "LOADING": ("is still loading its data", "try again in some seconds"),
 }
 """First word of an error reply that says the server takes no writes now: what it means, what to do."""
@@ -116,8 +120,8 @@ class Server:
             raise self._unavailable("did not flush to disk in time", "WAITAOF", "do the same once more")
         return answer
 
-    def _unavailable(self, what: str, detail: str, remedy: str) -> UnavailableError:
-        return UnavailableError(f"the ledger's server {self._name} {what} ({detail})", remedy)
+    def _unavailable(self, what: str, detail: str, remedy: str) -> LedgerUnavailableError:
+        return LedgerUnavailableError(f"the ledger's server {self._name} {what} ({detail})", remedy)
 
 
 def _first_word(message: str) -> str:

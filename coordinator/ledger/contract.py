@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from coordinator.model.errors import FlushpointError
+from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.events import EventName
 from coordinator.model.job import Event, JobRecord, JobSpec
 from coordinator.model.units import Claim, Directive, PlannedUnit, UnitKind
@@ -20,6 +20,10 @@ from coordinator.model.units import Claim, Directive, PlannedUnit, UnitKind
 
 class DeposedError(FlushpointError):
     """Another coordinator leads; this one must stop acting."""
+
+
+class LedgerUnavailableError(UnavailableError):
+    """The ledger's server does not answer, or takes no writes now. Says nothing about any disk."""
 
 
 class ConflictError(FlushpointError):
@@ -148,8 +152,8 @@ class Ledger(Protocol):
     def renew(self, job_id: str, unit_id: str, token: str, lease_ms: int) -> Directive: ...
 
     def opened(self, job_id: str, unit_id: str, token: str, facts: Mapping[str, Any]) -> bool:
-        """A plan unit's holder records what it found (disk_size, block_size, max_writers,
-        target_created, target_zeroed, source_may_change, compare_reason) in the job; wakes the leader.
+        """A unit's holder records what it found (disk_size, block_size, max_writers, target_zeroed,
+        source_may_change, source_stamp, source_written, compare_reason) in the job; wakes the leader.
         False: stale."""
 
     def add_units(
@@ -219,10 +223,10 @@ class Ledger(Protocol):
         """For the holder of a settle unit: done units of the job with an expired lease, `quarantine_ms`
         counted from the moment the last lease expired; [] if stale."""
 
-    def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str]) -> bool:
+    def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str], max_attempts: int = 0) -> bool:
         """Settle found suspect units changed: make them ready again with all their extents (their bytes
-        leave `offset`; they stay suspects), end the settle unit without setting settled, and wake the leader.
-        False: stale."""
+        leave `offset`; they stay suspects; a failed attempt counts, and they are quarantined at `max_attempts`),
+        end the settle unit without setting settled, and wake the leader. False: stale."""
 
     def quarantined(self, job_id: str) -> list[tuple[int, int]]:
         """(start, end) in bytes of each quarantined unit."""

@@ -19,7 +19,7 @@ incarnations        string  counter: a job gets a new one when it is created or 
 unit:JOB/UNIT       hash    UNIT is INCARNATION-NUMBER. kind, pass, start, end, bytes, extents,    unit steps, reap
                             remaining (extents, once some are done), counted (bytes of it in the
                             job's offset), state (ready, leased, delayed, done, quarantined),
-                            token, until, worker, claims, failures (counted attempts), expired,
+                            token, until, worker, failures (counted attempts), expired,
                             expired_at, digest. Deleted when done, unless a lease of it expired
 ready:JOB           list    units to claim, first at the left                                      unit steps, reap
 leased:JOB          set     leased units                                                           unit steps, reap

@@ -44,7 +44,6 @@ class _Unit:
     token: str = ""
     """Not empty while leased."""
     until: int = 0
-    claims: int = 0
     failures: int = 0
     expired: int = 0
     expired_at: int = 0
@@ -261,12 +260,11 @@ class MemoryLedger:
                 start=unit.start,
                 end=unit.end,
                 extents=unit.remaining or unit.extents,
-                attempts=unit.claims,
+                failures=unit.failures,
                 expired=unit.expired,
             )
             unit.token = token
             unit.until = self._leases[job_id, unit_id] = self._now_ms() + lease_ms
-            unit.claims += 1
             job.record.units_ready -= 1
             job.record.units_leased += 1
             del self._runnable[job_id]
@@ -285,7 +283,7 @@ class MemoryLedger:
         checked(facts, OPENED_FIELDS)
         with self._changed:
             job, unit = self._held(job_id, unit_id, token)
-            if job is None or unit is None or unit.kind is not UnitKind.PLAN:
+            if job is None or unit is None:
                 return False
             self._change(job, facts)
             self._refresh(job)
@@ -404,7 +402,7 @@ class MemoryLedger:
                 job, unit = self._jobs[job_id], self._jobs[job_id].units[unit_id]
                 self._drop_lease(job, unit_id)
                 unit.expired += 1
-                unit.expired_at = unit.until
+                unit.expired_at = self._now_ms()
                 unit.failures += 1
                 if 0 < max_attempts <= unit.failures:
                     self._quarantine(job, unit_id)
@@ -433,7 +431,7 @@ class MemoryLedger:
                 found.append(SuspectUnit(suspect_id, unit.remaining or unit.extents, unit.digest, wait))
             return found
 
-    def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str]) -> bool:
+    def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str], max_attempts: int = 0) -> bool:
         with self._changed:
             job, holder = self._held(job_id, unit_id, token)
             if job is None or holder is None or holder.kind is not UnitKind.SETTLE:
@@ -445,9 +443,13 @@ class MemoryLedger:
                 unit = job.units[suspect_id]
                 job.record.offset -= unit.counted
                 job.record.units_done -= 1
-                job.record.units_ready += 1
                 unit.remaining, unit.digest, unit.counted = "", "", 0
-                job.ready.append(suspect_id)
+                unit.failures += 1
+                if 0 < max_attempts <= unit.failures:
+                    self._quarantine(job, suspect_id)
+                else:
+                    job.record.units_ready += 1
+                    job.ready.append(suspect_id)
             self._complete_unit(job, unit_id, token, "")
             self._announce(job)
             self._refresh(job)

@@ -31,7 +31,7 @@ class RedisUnits:
         got = self._server.run("claim", worker, token, lease_ms)
         if not got:
             return None
-        job_id, unit_id, kind, pass_number, start, end, extents, attempts, expired = got
+        job_id, unit_id, kind, pass_number, start, end, extents, failures, expired = got
         return Claim(
             job_id=job_id,
             unit_id=unit_id,
@@ -42,7 +42,7 @@ class RedisUnits:
             start=int(start),
             end=int(end),
             extents=extents,
-            attempts=int(attempts),
+            failures=int(failures),
             expired=int(expired),
         )
 
@@ -128,8 +128,8 @@ class RedisUnits:
         found = self._server.ask("suspects", job_id, unit_id, token, quarantine_ms)
         return sorted((SuspectUnit(*fields) for fields in found), key=lambda suspect: suspect.unit_id)
 
-    def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str]) -> bool:
-        return bool(self._server.run("redo", job_id, unit_id, token, *suspects))
+    def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str], max_attempts: int = 0) -> bool:
+        return bool(self._server.run("redo", job_id, unit_id, token, max_attempts, *suspects))
 
     def quarantined(self, job_id: str) -> list[tuple[int, int]]:
         return sorted((int(start), int(end)) for start, end in self._server.ask("quarantined", job_id))

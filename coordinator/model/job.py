@@ -148,12 +148,14 @@ class JobRecord(BaseModel):
     disk_size: int = 0
     block_size: int = 0
     max_writers: int = 0
-    target_created: bool = False
-    """The job makes the target itself: set before the file is made, so that a second attempt knows it as its own."""
     target_zeroed: bool = False
-    """The target reads as zeroes where this job has not written: zero extents cost nothing in the first pass."""
+    """The target read as zeroes from end to end before the first pass, in which zero extents then cost nothing."""
     source_may_change: bool = False
     """True for a writable NBD export or an image that another process has open for writing."""
+    source_stamp: str = ""
+    """What the source's files looked like when the pass was planned; "" where nothing tells."""
+    source_written: bool = False
+    """The stamp was another one when the pass was settled: somebody wrote the source meanwhile."""
     compare_reason: str = ""
     """Why content is compared instead of a bitmap being read, where that is so."""
 

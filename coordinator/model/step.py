@@ -54,6 +54,8 @@ def next_step(job: JobRecord, now: float) -> Step | None:
 
 def apply_verb(job: JobRecord, verb: Verb, arguments: VerbArguments) -> Step:
     """What a user's verb changes. RefusedError if the job's state does not allow it."""
+    if job.fatal and verb in (Verb.RESUME, Verb.COMPLETE):
+        raise RefusedError(f"job {job.id} has failed: {job.error}", "submit it again once that is mended")
     if not verb_is_legal(job.state, verb):
         raise RefusedError(
             f"job {job.id} is {job.state}: {verb} is not possible", _REMEDIES.get(verb, "look at it with 'job'")
@@ -142,6 +144,7 @@ def _new_pass(job: JobRecord, kind: str) -> dict[str, Any]:
         "plan_done": False,
         "pass_sent": 0,
         "settled": False,
+        "source_written": False,
     }
 
 
@@ -185,7 +188,8 @@ def _ready(job: JobRecord, now: float) -> Step | None:
         return _run_pass(job, now)
     if not (job.complete_requested or job.spec.auto_complete):
         return None
-    if not job.source_may_change or (job.complete_passes and job.pass_sent == 0):
+    compared_clean = job.complete_passes > 0 and job.pass_sent == 0 and not job.source_written
+    if not job.source_may_change or compared_clean:
         return Step("in sync and flushed, completes", {"state": State.WAITING})
     if job.complete_passes < MAX_COMPLETE_PASSES:
         return Step(

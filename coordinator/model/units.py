@@ -91,10 +91,10 @@ class Claim:
     end: int
     extents: str
     """Packed, see `coordinator.model.extent`; "" for plan and settle units."""
-    attempts: int
-    """How many times this unit was claimed before."""
+    failures: int
+    """How many attempts at this unit have failed; pauses and time slices are none."""
     expired: int
-    """How many of these leases ran out without a word: a zombie may still be writing."""
+    """How many of its leases ran out without a word: a zombie may still be writing."""
 
 
 @dataclass(frozen=True, slots=True)

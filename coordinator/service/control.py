@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import structlog
 from kombu.exceptions import OperationalError
+from pydantic import ValidationError
 
 from coordinator.ledger.contract import ConflictError, DeposedError, Ledger, NewEvent, NewUnit, Term
-from coordinator.model.errors import NotFoundError, UnavailableError
+from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from coordinator.model.step import next_step
 from coordinator.service.dispatcher import Dispatcher
 from coordinator.settings import Settings
@@ -58,17 +59,22 @@ class ControlLoop:
             except DeposedError:
                 log.warning("another coordinator leads now")
                 self._step_down()
-            except ConflictError:
-                continue  # a user's verb came in between; the next cycle sees it
             except (UnavailableError, OperationalError, OSError) as error:
                 log.warning("a server is away", error=str(error))
-                self._step_down()
-                self._stop.wait(self._settings.cycle_s)
+                self._pause()
+            except Exception:
+                # Whatever it is, a coordinator that goes on answering but has stopped deciding would be worse.
+                log.exception("a cycle failed")
+                self._pause()
         if self._term is not None:
             try:
                 self._ledger.resign(self._term)
-            except UnavailableError:
+            except FlushpointError:
                 log.warning("cannot resign; the term ends by itself")
+
+    def _pause(self) -> None:
+        self._step_down()
+        self._stop.wait(self._settings.cycle_s)
 
     def _step_down(self) -> None:
         self._term = None
@@ -95,17 +101,19 @@ class ControlLoop:
         else:
             job_id = self._ledger.next_wake(min(self._settings.cycle_s, self._next_sweep - now))
             if job_id is not None:
-                sentences += self.visit(job_id, term)
+                sentences += self._visit_safely(job_id, term)
         self._dispatcher.top_up()
         return sentences
 
     def _recover(self, term: Term) -> str:
         """The server restarted: writes may be lost, so every lease is doubted and none granted for a while.
 
-        Holders of leases the ledger no longer knows stop by their own clock within `lease_s`. Without a job that is
+        Holders of leases the ledger no longer knows stop by their own clock within `lease_s`, and what they sent has
+        arrived or is lost within `quarantine_s`. Without a job that is
         under way nobody can hold one that a claim could collide with.
         """
-        hold_s = self._settings.lease_s if self._ledger.active_jobs() else 0.0
+        settings = self._settings
+        hold_s = settings.lease_s + settings.quarantine_s if self._ledger.active_jobs() else 0.0
         ready_again = self._ledger.adopt_run(term, hold_ms=int(hold_s * 1000))
         self._next_sweep = 0.0
         return f"adopts the ledger's server: {ready_again} units are ready again, claims wait up to {hold_s:g} s"
@@ -116,8 +124,17 @@ class ControlLoop:
             for unit in self._ledger.reap(term, self._settings.max_attempts)
         ]
         for job_id in self._ledger.active_jobs():
-            sentences += self.visit(job_id, term)
+            sentences += self._visit_safely(job_id, term)
         return sentences
+
+    def _visit_safely(self, job_id: str, term: Term) -> list[str]:
+        """One job's trouble is no other job's."""
+        try:
+            return self.visit(job_id, term)
+        except ConflictError:
+            return []  # a user's verb came in between; it has woken us again
+        except ValidationError as error:
+            return [f"job {job_id} has a record that cannot be read: {error.errors()[0]['msg']}"]
 
     def visit(self, job_id: str, term: Term) -> list[str]:
         """Take the steps a job is due for, until it waits for its units or its user."""

@@ -269,7 +269,7 @@ def test_a_claim_carries_the_unit(ledger: Ledger) -> None:
     assert ledger.add_units("job", plan.unit_id, "token", UnitKind.COMPARE, 0, UNIT, planned(1))
     unit = claim(ledger, "token2", lease_ms=1234)
     assert (unit.kind, unit.pass_number, unit.token, unit.lease_ms) == (UnitKind.COMPARE, 1, "token2", 1234)
-    assert (unit.start, unit.end, unit.attempts, unit.expired) == (0, UNIT, 0, 0)
+    assert (unit.start, unit.end, unit.failures, unit.expired) == (0, UNIT, 0, 0)
     assert unpack_extents(unit.extents) == [Extent(0, UNIT, Status.DATA)]
 
 
@@ -397,7 +397,6 @@ def test_a_stale_token_changes_nothing(ledger: Ledger) -> None:
 def test_only_a_plan_unit_plans_and_only_a_settle_unit_settles(ledger: Ledger) -> None:
     start(ledger, units=1)
     held = claim(ledger, "token")
-    assert not ledger.opened("job", held.unit_id, "token", {"disk_size": 1})
     assert not ledger.add_units("job", held.unit_id, "token", UnitKind.COPY, UNIT, 200, planned(1))
     assert not ledger.redo("job", held.unit_id, "token", [])
 
@@ -456,7 +455,7 @@ def test_a_released_unit_is_claimed_again_with_what_remains(ledger: Ledger) -> N
     assert release(ledger, held, remaining=rest, done_bytes=60)
     assert ledger.job("job").job.offset == 60
     again = claim(ledger, "t2")
-    assert (again.unit_id, again.extents, again.attempts, again.expired) == (held.unit_id, rest, 1, 0)
+    assert (again.unit_id, again.extents, again.failures, again.expired) == (held.unit_id, rest, 1, 0)
     assert finish(ledger, held) is Finished.STALE
     assert finish(ledger, again, bytes_sent=40) is Finished.DONE
     job = ledger.job("job").job
@@ -540,7 +539,7 @@ def test_an_expired_lease_is_claimed_again_and_its_late_holder_is_stale(ledger: 
     assert ledger.reap(term, 0) == []
     assert not ledger.renew("job", late.unit_id, "late", HOUR_MS).held
     again = claim(ledger, "again")
-    assert (again.unit_id, again.attempts, again.expired) == (late.unit_id, 1, 1)
+    assert (again.unit_id, again.failures, again.expired) == (late.unit_id, 1, 1)
     assert finish(ledger, late) is Finished.STALE
     assert finish(ledger, again) is Finished.DONE
     assert ledger.job("job").job.offset == UNIT

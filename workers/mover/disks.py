@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from coordinator.model.errors import RefusedError
+import contextlib
+from collections.abc import Iterator
+
+from coordinator.ledger.contract import LedgerUnavailableError
+from coordinator.model.errors import FlushpointError, RefusedError, Side
 from coordinator.model.job import JobRecord, Sync
 from coordinator.model.uri import parse
 from coordinator.settings import Settings
@@ -13,6 +17,26 @@ from workers.sources import open_source
 from workers.sources.contract import Source
 from workers.targets import open_target
 from workers.targets.contract import Target
+
+
+class OpenError(Exception):
+    """A disk of a job could not be opened, or not be read while it was planned."""
+
+    def __init__(self, side: Side, error: FlushpointError) -> None:
+        super().__init__(str(error))
+        self.side = side
+        self.error = error
+
+
+@contextlib.contextmanager
+def opening(side: Side) -> Iterator[None]:
+    """Say which disk an error is about. A ledger that is away is no disk's fault."""
+    try:
+        yield
+    except LedgerUnavailableError:
+        raise
+    except FlushpointError as error:
+        raise OpenError(side, error) from error
 
 
 class Disks:
@@ -30,38 +54,56 @@ class Disks:
         self._target: Target | None = None
         self._fast: FastPath | None = None
         self._fast_sought = False
+        self._fast_pays = False
 
     def open(self, job: JobRecord) -> tuple[Source, Target]:
-        """Both disks of a planned job. Raises what the kinds raise: the errors of coordinator.model.errors."""
+        """Both disks of a planned job, or OpenError."""
         if self._open_for != (job.id, job.pass_number):
             self.close()
             self._open_for = (job.id, job.pass_number)
         if self._source is None:
-            source = self.open_source(job)
-            if source.size != job.disk_size:
-                source.close()
-                raise RefusedError(
-                    f"the source {job.spec.source} changed its size from {job.disk_size} to {source.size} bytes"
-                    " while it was mirrored",
-                    "submit the job again",
-                )
-            self._source = source
+            with opening(Side.SOURCE):
+                self._source = self._source_of_old_size(job)
         if self._target is None:
-            self._target = self.open_target(job, job.disk_size, create=False)
+            with opening(Side.TARGET):
+                self._target = self.open_target(job, job.disk_size, create=False)
         return self._source, self._target
 
     def fast_path(self) -> FastPath | None:
-        """The fast path of the open pair, if it has one."""
+        """The fast path of the open pair, if it has one that is worth taking."""
         if not self._fast_sought and self._source is not None and self._target is not None:
             self._fast_sought = True
             self._fast = open_fast_path(self._source, self._target, self._limits.timeout_s)
-        return self._fast
+            self._fast_pays = True
+        return self._fast if self._fast_pays else None
+
+    def leave_fast_path(self) -> None:
+        """It does not pay for this pair. It stays open, since what it wrote is still to be flushed."""
+        self._fast_pays = False
+
+    def flush_target(self) -> None:
+        """Everything written to the open target, by whatever path, is durable. DiskIOError if it may not be."""
+        if self._fast is not None:
+            self._fast.flush()
+        if self._target is not None:
+            self._target.flush()
 
     def drop_fast_path(self) -> None:
         """It failed: do without it while this pair is open."""
         if self._fast is not None:
             self._fast.close()
             self._fast = None
+
+    def _source_of_old_size(self, job: JobRecord) -> Source:
+        source = self.open_source(job)
+        if source.size == job.disk_size:
+            return source
+        source.close()
+        raise RefusedError(
+            f"the source {job.spec.source} changed its size from {job.disk_size} to {source.size} bytes while it was"
+            " mirrored",
+            "submit the job again",
+        )
 
     def open_source(self, job: JobRecord) -> Source:
         spec = job.spec
@@ -73,7 +115,7 @@ class Disks:
             parse(job.spec.target),
             size,
             self.access,
-            overwrite=job.spec.overwrite or job.target_created,
+            overwrite=job.spec.overwrite,
             create=create,
             keep=job.spec.sync in (Sync.DIRTY, Sync.INCREMENTAL) or job.pass_number > 1,
             limits=self._limits,

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import blake3
@@ -62,6 +62,8 @@ class Orders:
     """Read the target too and write only what differs."""
     target_zeroed: bool = False
     """Zeroes need not be written: the target reads as zeroes where nothing was written."""
+    count_zeroes: bool = False
+    """Zeroed bytes count as sent: after a comparing pass 0 bytes sent means that nothing differed."""
     digest: bool = False
     ends_at: float = math.inf
     """Monotonic time after which no new request is started."""
@@ -109,7 +111,13 @@ class Engine:
                     if orders.digest:
                         digests[chunk.offset] = digest
 
-        for future in [self._pool.submit(work) for _ in range(self._depth)]:
+        futures = [self._pool.submit(work) for _ in range(self._depth)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            queue.close()  # whatever happened: nobody writes any more when this returns
+            wait(futures)
+        for future in futures:
             future.result()
         outcome.remaining = queue.left()
         if orders.digest:
@@ -150,7 +158,7 @@ class Engine:
         if chunk.reads_as_zeroes and not orders.compare:
             with _blame(Side.TARGET):
                 target.write_zeroes(chunk.offset, chunk.length)
-            return 0, 0, _ZERO_DIGEST
+            return 0, chunk.length if orders.count_zeroes else 0, _ZERO_DIGEST
         if chunk.reads_as_zeroes:
             return self._compare_zeroes(target, chunk)
         data = self._buffer("source", chunk.length)
@@ -168,7 +176,7 @@ class Engine:
         sent = 0
         with _blame(Side.TARGET):
             for start, end in runs:
-                sent += _write_run(target, chunk.offset, data, start, end, orders.target_zeroed and not orders.compare)
+                sent += _write_run(target, chunk.offset, data, start, end, orders)
         return chunk.length, sent, digest
 
     def _compare_zeroes(self, target: Target, chunk: Extent) -> tuple[int, int, bytes]:
@@ -223,6 +231,11 @@ class _Queue:
         self._ends_at = ends_at
         self._lease = lease
 
+    def close(self) -> None:
+        """Hand out no more."""
+        with self._lock:
+            self._ends_at = -math.inf
+
     def take(self) -> Extent | None:
         with self._lock:
             if self._lease.halt is not None or time.monotonic() >= self._ends_at:
@@ -266,7 +279,7 @@ def _differing(new: memoryview, old: memoryview) -> list[tuple[int, int]]:
     return runs
 
 
-def _write_run(target: Target, base: int, data: memoryview, start: int, end: int, skip_zeroes: bool) -> int:
+def _write_run(target: Target, base: int, data: memoryview, start: int, end: int, orders: Orders) -> int:
     """Write [start, end) of `data` at `base` + start, blocks of zeroes as such; returns the bytes sent."""
     sent = 0
     run = start
@@ -278,8 +291,9 @@ def _write_run(target: Target, base: int, data: memoryview, start: int, end: int
         if not zero:
             target.write(base + run, data[run:stop])
             sent += stop - run
-        elif not skip_zeroes:
+        elif not orders.target_zeroed:
             target.write_zeroes(base + run, stop - run)
+            sent += stop - run if orders.count_zeroes else 0
         run = stop
     return sent
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from coordinator.model.errors import DiskIOError, FlushpointError
-from coordinator.model.extent import Extent, Status, merge_adjacent
+from coordinator.model.extent import Extent, Status
 from workers.mover.lease import Lease
 from workers.mover.rate import RateLimit
 from workers.nbd.connection import Connection, connect
@@ -47,8 +47,8 @@ def starts_with_zeroes(head: bytes) -> bool:
 class FastPath(Protocol):
     """One pair of open disks. Not thread-safe."""
 
-    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
-        """Copy ranges of at most RANGE_BYTES until they end or `stop` says so. DiskIOError: none of it counts."""
+    def copy(self, ranges: Ranges) -> Spliced:
+        """Copy ranges of at most RANGE_BYTES, all that are handed out. DiskIOError: none of it counts."""
 
     def flush(self) -> None:
         """Writes that were not made through the target itself are durable when it returns."""
@@ -67,14 +67,18 @@ def open_fast_path(source: Source, target: Target, timeout_s: float) -> FastPath
     incoming: Connection | None = None
     try:
         incoming = connect(origin, timeout_s=timeout_s, structured=False)
-        if to_fd is not None:
+        if incoming.size == source.size and to_fd is not None:
             return NbdToFile(incoming, to_fd)
-        assert goal is not None
-        return NbdToNbd(incoming, connect(goal, timeout_s=timeout_s, structured=False))
+        if incoming.size == source.size and goal is not None:
+            outgoing = connect(goal, timeout_s=timeout_s, structured=False)
+            if outgoing.size == target.size:
+                return NbdToNbd(incoming, outgoing)
+            outgoing.close()
     except FlushpointError:  # a server that lets no more clients in: the ordinary way is open
-        if incoming is not None:
-            incoming.close()
-        return None
+        pass
+    if incoming is not None:
+        incoming.close()
+    return None
 
 
 def _plain(endpoint: Endpoint | None) -> Endpoint | None:
@@ -86,10 +90,8 @@ class NbdToNbd:
     incoming: Connection
     outgoing: Connection
 
-    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
-        return splice_to_nbd(
-            self.incoming, self.outgoing, ranges, depth=SPLICE_DEPTH, stop=stop, leave=starts_with_zeroes
-        )
+    def copy(self, ranges: Ranges) -> Spliced:
+        return splice_to_nbd(self.incoming, self.outgoing, ranges, depth=SPLICE_DEPTH, leave=starts_with_zeroes)
 
     def flush(self) -> None:
         self.outgoing.flush()
@@ -104,8 +106,8 @@ class NbdToFile:
     incoming: Connection
     fd: int
 
-    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
-        return splice_to_file(self.incoming, self.fd, ranges, depth=SPLICE_DEPTH, stop=stop, leave=starts_with_zeroes)
+    def copy(self, ranges: Ranges) -> Spliced:
+        return splice_to_file(self.incoming, self.fd, ranges, depth=SPLICE_DEPTH, leave=starts_with_zeroes)
 
     def flush(self) -> None:
         """The target's own flush syncs the same descriptor."""
@@ -119,16 +121,14 @@ class FileToFile:
     from_fd: int
     to_fd: int
 
-    def copy(self, ranges: Ranges, stop: Callable[[], bool]) -> Spliced:
+    def copy(self, ranges: Ranges) -> Spliced:
         done = Spliced()
         for offset, length in ranges:
-            if starts_with_zeroes(os.pread(self.from_fd, min(PEEK_BYTES, length), offset)):
+            if starts_with_zeroes(self._peek(offset, length)):
                 done.left.append((offset, length))
             else:
                 self._copy_range(offset, length)
                 done.copied += length
-            if stop():
-                break
         return done
 
     def flush(self) -> None:
@@ -137,30 +137,42 @@ class FileToFile:
     def close(self) -> None:
         """Both descriptors belong to the disks."""
 
+    def _peek(self, offset: int, length: int) -> bytes:
+        try:
+            return os.pread(self.from_fd, min(PEEK_BYTES, length), offset)
+        except OSError as error:
+            raise _failed(error, offset, length) from error
+
     def _copy_range(self, offset: int, length: int) -> None:
         end = offset + length
         while offset < end:
             try:
                 copied = os.copy_file_range(self.from_fd, self.to_fd, end - offset, offset, offset)
             except OSError as error:
-                raise DiskIOError(
-                    f"copying {end - offset} bytes at {offset} failed: {error.strerror}",
-                    errno_=error.errno or errno.EIO,
-                    offset=offset,
-                    length=end - offset,
-                ) from error
+                raise _failed(error, offset, end - offset) from error
             if copied == 0:
                 raise DiskIOError(f"the source ends at {offset}", offset=offset, length=end - offset)
             offset += copied
 
 
+def _failed(error: OSError, offset: int, length: int) -> DiskIOError:
+    number = error.errno or errno.EIO
+    message = f"copying {length} bytes at {offset} failed: {os.strerror(number)}"
+    return DiskIOError(message, errno_=number, offset=offset, length=length)
+
+
 @dataclass(slots=True)
 class _Feed:
-    """Hands out the ranges of extents as the job's rate admits them, and remembers what it did not hand out."""
+    """Hands out the ranges of extents as the job's rate admits them, and remembers what it did not hand out.
+
+    Whether to stop is asked before a range is admitted and never after: what is admitted is copied, so a unit makes
+    progress however low the speed is.
+    """
 
     extents: list[Extent]
     rate: RateLimit
     lease: Lease
+    ends_at: float
     rest: list[Extent] = field(default_factory=list)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
@@ -169,6 +181,8 @@ class _Feed:
             while offset < extent.end:
                 length = min(extent.end, (offset // RANGE_BYTES + 1) * RANGE_BYTES) - offset
                 self.rest = [Extent(offset, extent.end - offset, extent.status), *self.extents[position + 1 :]]
+                if self.lease.halt is not None or time.monotonic() >= self.ends_at:
+                    return
                 if not self.rate.admit(length, self.lease):
                     return
                 yield offset, length
@@ -176,16 +190,21 @@ class _Feed:
         self.rest = []
 
 
-def copy_fast(
-    path: FastPath, extents: list[Extent], lease: Lease, rate: RateLimit, ends_at: float
-) -> tuple[int, list[Extent]]:
-    """Copy what a fast path can; the bytes copied, and the extents that are left, sorted.
+@dataclass(frozen=True, slots=True)
+class CopiedFast:
+    """What a fast path did of a unit: bytes copied, ranges it left for their zeroes, extents it did not come to."""
 
-    Stops at a halt of the lease or at monotonic time `ends_at`. DiskIOError: nothing of it counts.
+    copied: int
+    left: list[Extent]
+    rest: list[Extent]
+
+
+def copy_fast(path: FastPath, extents: list[Extent], lease: Lease, rate: RateLimit, ends_at: float) -> CopiedFast:
+    """Copy what a fast path can of `extents`, none of which reads as zeroes.
+
+    Starts nothing after a halt of the lease or monotonic time `ends_at`. DiskIOError: nothing of it counts.
     """
-    zeroes = [e for e in extents if e.reads_as_zeroes]
-    feed = _Feed([e for e in extents if not e.reads_as_zeroes], rate, lease)
-    done = path.copy(feed.ranges(), lambda: lease.halt is not None or time.monotonic() >= ends_at)
+    feed = _Feed(extents, rate, lease, ends_at)
+    done = path.copy(feed.ranges())
     left = [Extent(offset, length, Status.DATA) for offset, length in done.left]
-    rest = sorted([*zeroes, *left, *feed.rest], key=lambda e: e.offset)
-    return done.copied, list(merge_adjacent(rest))
+    return CopiedFast(done.copied, left, feed.rest)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from coordinator.ledger.contract import Ledger
-from coordinator.model.errors import FlushpointError, UnavailableError
+from coordinator.model.errors import FlushpointError
 from coordinator.model.units import Claim
 
 SELF_STOP_SHARE = 0.75
@@ -55,8 +55,10 @@ class Lease:
         self._claim = claim
         self._renew_s = renew_s
         self._granted_at = granted_at
-        self._halt: Halt | None = None
+        self._length_s = claim.lease_ms / 1000
+        self._told: Halt | None = None
         self._over = threading.Event()
+        self._arming = threading.Lock()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self.speed = speed
 
@@ -67,35 +69,35 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        with self._arming:  # first of all: nothing is in flight, and a renewal may hang for longer than the lease
+            self._over.set()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._thread.join(timeout=self._renew_s)
 
     @property
     def halt(self) -> Halt | None:
-        """None: go on."""
-        return self._halt
+        """None: go on. By our own clock, whatever the thread that renews is waiting for."""
+        if self._told is not Halt.LOST and time.monotonic() >= self._granted_at + self._length_s * SELF_STOP_SHARE:
+            self._told = Halt.LOST
+        return self._told
 
     def assert_held(self) -> None:
-        """LeaseLostError if the lease is lost or its time is up by our own clock."""
-        if self._halt is Halt.LOST or time.monotonic() >= self._ends_at():
+        """LeaseLostError if the lease is lost or its time is nearly up by our own clock."""
+        if self.halt is Halt.LOST:
             raise LeaseLostError(f"the lease of unit {self._claim.unit_id} of job {self._claim.job_id} is lost")
 
     def wait(self, seconds: float, enough: Callable[[], bool]) -> bool:
         """Sleep, but not past a halt or beyond `enough`; False if the mover must stop."""
         deadline = time.monotonic() + seconds
-        while self._halt is None:
+        while self.halt is None:
             left = deadline - time.monotonic()
             if left <= 0 or enough():
                 return True
             self._over.wait(min(left, 0.05))
         return False
 
-    def _ends_at(self) -> float:
-        return self._granted_at + self._claim.lease_ms / 1000
-
     def _arm(self) -> None:
-        left = self._ends_at() - time.monotonic()
+        left = self._granted_at + self._length_s - time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
 
     def _renew(self) -> None:
@@ -104,18 +106,16 @@ class Lease:
             asked_at = time.monotonic()
             try:
                 told = self._ledger.renew(claim.job_id, claim.unit_id, claim.token, claim.lease_ms)
-            except UnavailableError:
-                if asked_at >= self._granted_at + claim.lease_ms / 1000 * SELF_STOP_SHARE:
-                    self._halt = Halt.LOST
-                    return
-                continue
+            except FlushpointError:
+                continue  # `halt` sees when it is too late
             if not told.held:
-                self._halt = Halt.LOST
+                self._told = Halt.LOST
                 return
-            if self._over.is_set():
-                return
-            self._granted_at = asked_at
-            self._arm()
+            with self._arming:
+                if self._over.is_set() or self.halt is Halt.LOST:
+                    return
+                self._granted_at = asked_at
+                self._arm()
             self.speed = told.speed
             if not told.run or self._closing():
-                self._halt = Halt.YIELD
+                self._told = Halt.YIELD

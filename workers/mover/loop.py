@@ -7,28 +7,34 @@ import math
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 
-from coordinator.ledger.contract import Finished, Ledger
-from coordinator.model.errors import DiskIOError, FlushpointError, Next, NotFoundError, Side, UnavailableError
-from coordinator.model.extent import Extent, Status, pack_extents, unpack_extents
+from coordinator.ledger.contract import Finished, Ledger, LedgerUnavailableError
+from coordinator.model.errors import DiskIOError, Next, NotFoundError, Side, UnavailableError
+from coordinator.model.extent import Extent, Status, merge_adjacent, pack_extents, unpack_extents
 from coordinator.model.job import JobRecord
 from coordinator.model.messages import Doorbell
 from coordinator.model.policy import Action
 from coordinator.model.units import Claim, UnitKind
 from coordinator.settings import Settings
-from workers.mover.disks import Disks
+from workers.mover.disks import Disks, OpenError
 from workers.mover.engine import Engine, Failure, Orders, Outcome
 from workers.mover.failpoint import pass_point
 from workers.mover.fastpath import copy_fast
-from workers.mover.lease import Halt, Lease, LeaseLostError
+from workers.mover.lease import Lease, LeaseLostError
 from workers.mover.planning import Planner
 from workers.mover.rate import RateLimit
 from workers.mover.verdict import Verdict, judge, judge_refusal, note
+from workers.qemu.image import ImageInUseError
+from workers.sources.contract import Source
 from workers.targets.contract import Target
 
 log = structlog.get_logger()
+
+DELAY_MAX_S = 30.0
+"""Longest pause before a unit that failed is tried again."""
 
 
 class Mover:
@@ -75,12 +81,19 @@ class Mover:
         with lease:
             try:
                 serve(job, claim, lease)
-            except LeaseLostError as error:
+            except (LeaseLostError, LedgerUnavailableError) as error:
+                # Nobody to tell: the unit is somebody else's, or will be when the lease has run out.
                 log.warning("gave up a unit", job=claim.job_id, unit=claim.unit_id, reason=str(error))
                 self._disks.close()
-            except FlushpointError as error:
+            except OpenError as failed:
                 self._disks.close()
-                self._give_up(job, claim, error)
+                self._give_up(claim, failed)
+            except Exception:
+                # A mistake of ours must neither hang the job until leases expire nor go unseen: it counts as a
+                # failed attempt, and after some of them the unit is quarantined.
+                log.exception("a unit failed", job=claim.job_id, unit=claim.unit_id)
+                self._disks.close()
+                self._release(claim, remaining=claim.extents, count_attempt=True)
 
     # -- kinds of units ------------------------------------------------------------------------------------
 
@@ -92,21 +105,22 @@ class Mover:
         source, target = self._disks.open(job)
         extents = unpack_extents(claim.extents)
         suspect = claim.expired > 0
-        comparing = claim.kind is UnitKind.COMPARE
+        in_compare_pass = claim.kind is UnitKind.COMPARE
+        # After a failed flush or a dead holder the target may show what it does not durably hold (the page cache
+        # keeps it): equal to the source is then no proof, and all of the unit is written anew.
+        comparing = in_compare_pass and not suspect and claim.failures == 0
         orders = Orders(
             compare=comparing,
-            target_zeroed=job.target_zeroed and claim.pass_number == 1 and not suspect and claim.attempts == 0,
+            target_zeroed=job.target_zeroed and claim.pass_number == 1 and not suspect and claim.failures == 0,
+            count_zeroes=in_compare_pass,
             digest=suspect,
-            ends_at=time.monotonic() + self._settings.unit_slice_s if not suspect else math.inf,
+            ends_at=math.inf if suspect else time.monotonic() + self._settings.unit_slice_s,
         )
         rate = RateLimit(self._ledger, job.id)
-        rest, spliced = (extents, 0) if suspect or comparing else self._copy_fast(job, extents, orders, lease, rate)
-        outcome = self._engine.copy(source, target, rest, orders, lease, rate)
-        outcome.add(spliced, spliced)
-        if lease.halt is Halt.LOST:
-            raise LeaseLostError(f"the lease of unit {claim.unit_id} was lost while copying")
+        outcome = self._copy_all(source, target, extents, orders, lease, rate, fast=not (suspect or in_compare_pass))
+        lease.assert_held()
         pass_point("before-flush")
-        failed = self._flush(target, job)
+        failed = self._flush(job)
         lease.assert_held()
         pass_point("before-finish")
         if failed is not None:
@@ -129,36 +143,60 @@ class Mover:
             outcome.remaining = extents  # its digest must cover all of it
         self._give_back(job, claim, extents, outcome)
 
-    def _copy_fast(
-        self, job: JobRecord, extents: list[Extent], orders: Orders, lease: Lease, rate: RateLimit
-    ) -> tuple[list[Extent], int]:
-        """What is left for the engine, and the bytes copied. A fast path that fails is given up without a word of
-        blame: the engine copies all of it again, and meets the same error at its extent if it is still there."""
-        path = self._disks.fast_path()
-        if path is None:
-            return extents, 0
-        try:
-            copied, rest = copy_fast(path, extents, lease, rate, orders.ends_at)
-        except DiskIOError as error:
-            log.info("the fast path failed", job=job.id, error=str(error))
-            self._disks.drop_fast_path()
-            return extents, 0
-        return rest, copied
+    def _copy_all(
+        self,
+        source: Source,
+        target: Target,
+        extents: list[Extent],
+        orders: Orders,
+        lease: Lease,
+        rate: RateLimit,
+        *,
+        fast: bool,
+    ) -> Outcome:
+        """By the pair's fast path as far as it goes, the rest by the engine.
 
-    def _flush(self, target: Target, job: JobRecord) -> Failure | None:
+        A fast path that fails is given up without a word of blame: the engine copies all of it again, and meets the
+        same error at its extent if it is still there.
+        """
+        path = self._disks.fast_path() if fast else None
+        if path is None:
+            return self._engine.copy(source, target, extents, orders, lease, rate)
+        data = [e for e in extents if not e.reads_as_zeroes]
+        try:
+            done = copy_fast(path, data, lease, rate, orders.ends_at)
+        except DiskIOError as error:
+            log.info("the fast path failed", error=str(error))
+            self._disks.drop_fast_path()
+            return self._engine.copy(source, target, extents, orders, lease, rate)
+        if sum(e.length for e in done.left) > done.copied:
+            self._disks.leave_fast_path()  # mostly zeroes: reading everything twice is no fast path
+        left = sorted([*(e for e in extents if e.reads_as_zeroes), *done.left], key=lambda e: e.offset)
+        # A slice of its own, or ranges left to the engine would be read and left again, for ever.
+        slice_ends_at = time.monotonic() + self._settings.unit_slice_s
+        outcome = self._engine.copy(source, target, left, replace(orders, ends_at=slice_ends_at), lease, rate)
+        outcome.add(done.copied, done.copied)
+        remaining = sorted([*outcome.remaining, *done.rest], key=lambda e: e.offset)
+        outcome.remaining = list(merge_adjacent(remaining))
+        return outcome
+
+    def _flush(self, job: JobRecord) -> Failure | None:
         """Everything this mover wrote is durable, or the failure that says it is not."""
         try:
-            path = self._disks.fast_path()
-            if path is not None:
-                path.flush()
-            target.flush()
+            self._disks.flush_target()
         except DiskIOError as error:
             return Failure(Side.TARGET, error, _whole(job))
         return None
 
     def _settle(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
         """Read suspect units again once their dead holders cannot write any more, then flush a last time."""
-        _, target = self._disks.open(job)
+        self._disks.close()  # opened anew, to see who writes the source now
+        source, target = self._disks.open(job)
+        written = source.stamp() != job.source_stamp
+        if written or (source.may_change and not job.source_may_change):
+            facts = {"source_may_change": True, "source_written": written}
+            if not self._ledger.opened(job.id, claim.unit_id, claim.token, facts):
+                raise LeaseLostError(f"the settle unit of job {job.id} was taken over")
         quarantine_ms = int((self._settings.lease_s + self._settings.quarantine_s) * 1000)
         suspects = self._ledger.suspects(job.id, claim.unit_id, claim.token, quarantine_ms)
         longest = max((s.quarantine_ms for s in suspects), default=0)
@@ -178,9 +216,9 @@ class Mover:
         lease.assert_held()
         if changed:
             log.warning("an old write came after a new one; copying again", job=job.id, units=changed)
-            self._ledger.redo(job.id, claim.unit_id, claim.token, changed)
+            self._ledger.redo(job.id, claim.unit_id, claim.token, changed, self._settings.max_attempts)
             return
-        failed = self._flush(target, job)
+        failed = self._flush(job)
         lease.assert_held()
         if failed is not None:
             self._disks.close()
@@ -210,18 +248,23 @@ class Mover:
             verdict=verdict,
         )
 
-    def _give_up(self, job: JobRecord, claim: Claim, error: FlushpointError) -> None:
-        """An error of opening a disk: nothing of the unit is done. A server may come back while a job runs."""
+    def _give_up(self, claim: Claim, failed: OpenError) -> None:
+        """A disk could not be opened: nothing of the unit is done. A server may come back while a job runs."""
+        job = self._ledger.job(claim.job_id).job  # the plan unit may have opened both before
+        error = failed.error
         first_open = claim.kind is UnitKind.PLAN and job.disk_size == 0
-        transient = isinstance(error, UnavailableError | DiskIOError)
-        if transient and not first_open and not self._last_attempt(claim):
-            log.warning("will try again", job=job.id, unit=claim.unit_id, error=str(error))
-            self._release(claim, remaining=claim.extents, count_attempt=True)
-        else:
+        if first_open or not isinstance(error, UnavailableError | DiskIOError | ImageInUseError):
             self._release(claim, remaining=claim.extents, count_attempt=False, verdict=judge_refusal(error))
+            return
+        if not isinstance(error, DiskIOError):
+            error = DiskIOError(error.message, next_=Next.RECONNECT, remedy=error.remedy)
+        failures = [Failure(failed.side, error, _whole(job))]
+        verdict = judge(job, failures) if self._last_attempt(claim) else note(job, failures)
+        count = verdict.action is Action.IGNORE
+        self._release(claim, remaining=claim.extents, count_attempt=count, verdict=verdict)
 
     def _last_attempt(self, claim: Claim) -> bool:
-        return claim.attempts + 1 >= self._settings.max_attempts
+        return claim.failures + 1 >= self._settings.max_attempts
 
     def _release(
         self,
@@ -235,7 +278,7 @@ class Mover:
         verdict: Verdict | None = None,
     ) -> None:
         verdict = verdict or Verdict()
-        delay_s = self._settings.retry_delay_s * 2**claim.attempts if count_attempt else 0
+        delay_s = min(DELAY_MAX_S, self._settings.retry_delay_s * 2**claim.failures) if count_attempt else 0.0
         held = self._ledger.release(
             claim.job_id,
             claim.unit_id,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from coordinator.ledger.contract import Ledger
-from coordinator.model.errors import UnavailableError
+from coordinator.model.errors import FlushpointError
 from workers.mover.lease import Lease
 
 BURST_S = 0.1
@@ -22,8 +24,13 @@ class RateLimit:
         speed = lease.speed
         if speed == 0:
             return True
+        burst = max(1, int(speed * BURST_S))
         try:
-            wait_ms = self._ledger.take(self._job_id, length, speed, max(1, int(speed * BURST_S)))
-        except UnavailableError:
+            wait_ms = self._ledger.take(self._job_id, length, speed, burst)
+        except FlushpointError:
             wait_ms = int(length / speed * 1000)  # alone, at the same speed, until the ledger is back
-        return lease.wait(wait_ms / 1000, lambda: lease.speed != speed)
+        if lease.wait(wait_ms / 1000, lambda: lease.speed != speed):
+            return True
+        with contextlib.suppress(FlushpointError):  # or a resumed job would first pay for what was never sent
+            self._ledger.take(self._job_id, -length, speed, burst)
+        return False

@@ -64,19 +64,17 @@ def splice_to_nbd(
     ranges: Iterable[tuple[int, int]],
     *,
     depth: int,
-    stop: Callable[[], bool],
     leave: Callable[[bytes], bool] = never,
 ) -> Spliced:
     """Copy `ranges` of (offset, length <= 1 MiB), but for those whose first PEEK_BYTES make `leave` say so.
 
-    At most `depth` ranges and WINDOW_BYTES are on their way. `stop` is asked before each range; those begun are
-    finished. Nothing is flushed. Raises DiskIOError with the range, from the source or the target; what was copied is
-    then unknown.
+    At most `depth` ranges and WINDOW_BYTES are on their way. Nothing is flushed. Raises DiskIOError with the range,
+    from the source or the target; what was copied is then unknown.
     """
     with _alone(source) as incoming, _alone(target) as outgoing:
         sink = _NbdSink(target, outgoing, depth)
         with _broken_together(source, target):
-            left = _copy(source, incoming, sink, ranges, depth, stop, leave)
+            left = _copy(source, incoming, sink, ranges, depth, leave)
             sink.settle()
         sink.raise_error()
         return Spliced(sink.copied, left)
@@ -88,13 +86,12 @@ def splice_to_file(
     ranges: Iterable[tuple[int, int]],
     *,
     depth: int,
-    stop: Callable[[], bool],
     leave: Callable[[bytes], bool] = never,
 ) -> Spliced:
     """As `splice_to_nbd`, to the same offsets of a regular file or block device. Nothing is synced."""
     with _alone(source) as incoming, _broken_together(source):
         sink = _FileSink(fd)
-        left = _copy(source, incoming, sink, ranges, depth, stop, leave)
+        left = _copy(source, incoming, sink, ranges, depth, leave)
     sink.raise_error()
     return Spliced(sink.copied, left)
 
@@ -121,7 +118,6 @@ def _copy(
     sink: _Sink,
     ranges: Iterable[tuple[int, int]],
     depth: int,
-    stop: Callable[[], bool],
     leave: Callable[[bytes], bool],
 ) -> list[tuple[int, int]]:
     """Keep up to `depth` reads in flight and hand each payload to `sink`, until all are done or one failed.
@@ -138,10 +134,6 @@ def _copy(
         while True:
             while todo is not None and reading.fits(todo[1]) and sink.error is None:
                 if not sink.room(todo[1], wait=not reads):
-                    break
-                if stop():
-                    sink.give_back(todo[1])
-                    todo = None
                     break
                 reading.add(todo[1])
                 cookie += 1

@@ -46,6 +46,10 @@ class Source(Protocol):
     def reads_from(self) -> frozenset[Identity]:
         """`identity()` and everything under it, such as backing files: none of them may be the target."""
 
+    def stamp(self) -> str:
+        """Another string than before when somebody has written the files that this disk is read from; "" for
+        disks that do not tell. Times of modification are the kernel's, with its granularity."""
+
     def fileno(self) -> int | None:
         """A descriptor whose bytes are the disk's, for copy_file_range; None unless a regular raw file."""
 

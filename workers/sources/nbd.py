@@ -42,6 +42,9 @@ class NbdSource:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._session.read_into(offset, buffer)
 
+    def stamp(self) -> str:
+        return ""
+
     def identity(self) -> Identity:
         return self._identity
 

@@ -37,7 +37,11 @@ class Qcow2Source(NbdSource):
             self._image_identity = top.identity()
         finally:
             top.close()
-        self._chain = frozenset(_identity_of(i, access) for i in image.chain())
+        disks = [_look_at(i, access) for i in image.chain()]
+        self._chain = frozenset(disk.identity() for disk in disks)
+        self._stamp = ",".join(disk.stamp() for disk in disks)
+        for disk in disks:
+            disk.close()
         self._server = QemuNbd(_node(image, in_use), _options(sync, bitmap))
         try:
             super().__init__(Endpoint.parse(self._server.uri), sync, bitmap, None, limits)
@@ -56,6 +60,10 @@ class Qcow2Source(NbdSource):
 
     def identity(self) -> Identity:
         return self._image_identity
+
+    def stamp(self) -> str:
+        """As it was when opened: until close() nobody can write but whom `may_change` tells of."""
+        return self._stamp
 
     def reads_from(self) -> frozenset[Identity]:
         return self._chain
@@ -79,9 +87,5 @@ def _options(sync: Sync, bitmap: str | None) -> list[str]:
     return options
 
 
-def _identity_of(image: Image, access: Access) -> Identity:
-    disk = RawDisk.open(image.path, os.O_RDONLY, access)
-    try:
-        return disk.identity()
-    finally:
-        disk.close()
+def _look_at(image: Image, access: Access) -> RawDisk:
+    return RawDisk.open(image.path, os.O_RDONLY, access)

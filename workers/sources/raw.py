@@ -36,6 +36,9 @@ class RawSource:
     def reads_from(self) -> frozenset[Identity]:
         return frozenset({self.identity()})
 
+    def stamp(self) -> str:
+        return self._disk.stamp()
+
     def fileno(self) -> int | None:
         return None if self._disk.is_device else self._disk.fd
 

@@ -121,6 +121,13 @@ class RawDisk:
             return ("blockdev", self._status.st_rdev)
         return ("inode", self._status.st_dev, self._status.st_ino)
 
+    def stamp(self) -> str:
+        """Size and time of the last write to a file, as they are now; "" for a device."""
+        if self.is_device:
+            return ""
+        now = os.fstat(self.fd)
+        return f"{now.st_size}:{now.st_mtime_ns}"
+
     def failed(self, verb: str, offset: int, length: int, error: OSError, next_: Next = Next.RETRY) -> DiskIOError:
         number = error.errno or errno.EIO
         remedy = "make room for it" if number in (errno.ENOSPC, errno.EDQUOT) else "look at the kernel's log"

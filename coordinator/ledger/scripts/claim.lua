@@ -1,7 +1,7 @@
 -- Lease the next ready unit, round robin over the runnable jobs.
 -- Keys: run, hold (read), runnable, turn, ready:*, unit:*, leased:*, leases, job:* (written).
 -- ARGV: worker, token, lease in ms.
--- Returns {job, unit, kind, pass, start, end, extents, claims before, expired}, or nil.
+-- Returns {job, unit, kind, pass, start, end, extents, failures, expired}, or nil.
 if held_back() then
   return nil
 end
@@ -12,9 +12,8 @@ end
 local job = next[1]
 local unit = redis.call('LPOP', ready_key(job)) -- a runnable job has a ready unit, see refresh
 local key, over = unit_key(job, unit), int(now_ms + tonumber(ARGV[3]))
-local f = redis.call('HMGET', key, 'kind', 'pass', 'start', 'end', 'remaining', 'extents', 'claims', 'expired')
-redis.call('HSET', key, 'state', 'leased', 'token', ARGV[2], 'until', over, 'worker', ARGV[1],
-  'claims', tonumber(f[7]) + 1)
+local f = redis.call('HMGET', key, 'kind', 'pass', 'start', 'end', 'remaining', 'extents', 'failures', 'expired')
+redis.call('HSET', key, 'state', 'leased', 'token', ARGV[2], 'until', over, 'worker', ARGV[1])
 redis.call('ZADD', P .. 'leases', over, job .. '/' .. unit)
 redis.call('SADD', P .. 'leased:' .. job, unit)
 redis.call('HINCRBY', job_key(job), 'units_ready', -1)

@@ -1,9 +1,9 @@
--- What the holder of a plan unit found when it opened source and target.
+-- What the holder of a unit found when it opened source and target.
 -- Keys: unit:* (read), job:*, runnable, turn, wake (written).
 -- ARGV: job, unit, token, then fields and values.
 -- Returns 1, or 0 if stale.
 local job, unit = ARGV[1], ARGV[2]
-if not holds(job, unit, ARGV[3]) or redis.call('HGET', unit_key(job, unit), 'kind') ~= 'plan' then
+if not holds(job, unit, ARGV[3]) then
   return 0
 end
 if ARGV[4] then

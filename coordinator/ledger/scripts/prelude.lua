@@ -112,7 +112,7 @@ local function create_unit(job, kind, pass, first, last, bytes, extents)
   local number = redis.call('HINCRBY', job_key(job), '_next_unit', 1)
   local unit = redis.call('HGET', job_key(job), '_incarnation') .. '-' .. number
   redis.call('HSET', unit_key(job, unit), 'kind', kind, 'pass', pass, 'start', first, 'end', last,
-    'bytes', bytes, 'counted', 0, 'extents', extents, 'claims', 0, 'failures', 0, 'expired', 0)
+    'bytes', bytes, 'counted', 0, 'extents', extents, 'failures', 0, 'expired', 0)
   append_ready(job, unit)
   redis.call('HINCRBY', job_key(job), 'units_ready', 1)
 end

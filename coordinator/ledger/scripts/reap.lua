@@ -15,9 +15,8 @@ end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', P .. 'leases', '-inf', int(now_ms), 'LIMIT', 0, ARGV[4])) do
   local job, unit = string.match(member, '^(.*)/([^/]*)$')
   local record = unit_key(job, unit)
-  local over = redis.call('HGET', record, 'until')
   drop_lease(job, unit)
-  redis.call('HSET', record, 'expired_at', over)
+  redis.call('HSET', record, 'expired_at', int(now_ms)) -- not its end: a clock that jumped ends leases early
   redis.call('HINCRBY', record, 'expired', 1)
   redis.call('HINCRBY', record, 'failures', 1)
   if worn_out(job, unit, tonumber(ARGV[3])) then

@@ -73,7 +73,7 @@ def test_a_repeated_finish_is_known_for_an_hour(ledger: MemoryLedger, clock: Clo
     assert ledger.finish("job", claim.unit_id, "token") is Finished.STALE
 
 
-def test_a_suspects_quarantine_counts_from_the_end_of_its_lease(ledger: MemoryLedger, clock: Clock) -> None:
+def test_a_suspects_quarantine_counts_from_when_its_lease_was_taken_back(ledger: MemoryLedger, clock: Clock) -> None:
     term = plan(ledger)
     assert ledger.claim("worker", "late", 1000) is not None
     clock.now_s += 11
@@ -85,7 +85,7 @@ def test_a_suspects_quarantine_counts_from_the_end_of_its_lease(ledger: MemoryLe
     settle = ledger.claim("worker", "settle", 1000)
     assert settle is not None
     (suspect,) = ledger.suspects("job", settle.unit_id, "settle", 15_000)
-    assert suspect.quarantine_ms == 5000
+    assert suspect.quarantine_ms == 15_000  # a clock that jumped may have ended the lease early
 
 
 def test_the_bucket_fills_at_its_speed_up_to_the_burst(ledger: MemoryLedger, clock: Clock) -> None:

@@ -58,7 +58,7 @@ def test_a_failure_in_mid_stream_breaks_both_connections_in_time(
 ) -> None:
     (source, from_peer), (target, to_peer) = pair
     with ThreadPoolExecutor(1) as pool:
-        copy = pool.submit(splice_to_nbd, source, target, [(0, 4096)], depth=1, stop=lambda: False)
+        copy = pool.submit(splice_to_nbd, source, target, [(0, 4096)], depth=1)
         play(from_peer, to_peer)
         error = copy.exception(WAIT_S)
     assert isinstance(error, DiskIOError)
@@ -73,9 +73,7 @@ def test_at_most_depth_ranges_are_on_their_way(
 ) -> None:
     (source, from_peer), (target, to_peer) = pair
     with ThreadPoolExecutor(1) as pool:
-        copy = pool.submit(
-            splice_to_nbd, source, target, [(at * 4096, 4096) for at in range(3)], depth=2, stop=lambda: False
-        )
+        copy = pool.submit(splice_to_nbd, source, target, [(at * 4096, 4096) for at in range(3)], depth=2)
         reads = [from_peer.expect(Command.READ), from_peer.expect(Command.READ)]
         from_peer.simple(reads[1], data=b"b" * 4096)
         write = to_peer.expect(Command.WRITE)
@@ -94,7 +92,7 @@ def test_a_range_past_the_end_is_refused(
 ) -> None:
     (source, _), (target, _) = pair
     with pytest.raises(ValueError, match="cannot be spliced"):
-        splice_to_nbd(source, target, [(SIZE, 512)], depth=1, stop=lambda: False)
+        splice_to_nbd(source, target, [(SIZE, 512)], depth=1)
 
 
 def test_a_range_that_is_left_is_read_but_never_written(
@@ -104,9 +102,7 @@ def test_a_range_that_is_left_is_read_but_never_written(
     (source, from_peer), (target, to_peer) = pair
     ranges = [(at * 4096, 4096) for at in range(3)]
     with ThreadPoolExecutor(1) as pool:
-        copy = pool.submit(
-            splice_to_nbd, source, target, ranges, depth=1, stop=lambda: False, leave=lambda head: not any(head)
-        )
+        copy = pool.submit(splice_to_nbd, source, target, ranges, depth=1, leave=lambda head: not any(head))
         for payload in (bytes(4096), bytes(PEEK_BYTES) + b"x" * (4096 - PEEK_BYTES)):
             from_peer.simple(from_peer.expect(Command.READ), data=payload)
         from_peer.simple(from_peer.expect(Command.READ), data=b"c" * 4096)

@@ -99,7 +99,7 @@ def test_a_restarted_server_is_adopted_before_anything_is_claimed(bench: Bench) 
     bench.ledger.restart()
     assert bench.ledger.claim("m", "t", LEASE_MS) is None
     sentences = bench.cycles()
-    assert any(s.startswith("adopts the ledger's server") and "wait up to 15 s" in s for s in sentences)
+    assert any(s.startswith("adopts the ledger's server") and "wait up to 20 s" in s for s in sentences)
 
 
 def test_an_idle_deployment_waits_for_nobody(bench: Bench) -> None:
