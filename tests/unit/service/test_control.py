@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from coordinator.ledger import DeposedError, Finished, MemoryLedger
-from coordinator.model.errors import UnavailableError
+from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.job import JobSpec, State
 from coordinator.model.messages import Doorbell
@@ -123,3 +126,28 @@ def test_a_broker_that_is_away_stops_no_decision(bench: Bench) -> None:
     with pytest.raises(UnavailableError):
         control.cycle()
     assert bench.ledger.job("j").job.state is State.RUNNING
+
+
+def test_a_cycle_that_fails_stops_no_coordinator(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is raised: a failover, a refusal nobody foresaw, a mistake of ours."""
+    troubles = [UnavailableError("failover"), FlushpointError("NOPERM"), ZeroDivisionError("a bug")]
+    real = bench.ledger.run_is_known
+
+    def fail_first() -> bool:
+        if troubles:
+            raise troubles.pop(0)
+        return real()
+
+    monkeypatch.setattr(bench.ledger, "run_is_known", fail_first)
+    bench.ledger.submit("j", SPEC)
+    loop = threading.Thread(target=bench.control.run)
+    loop.start()
+    try:
+        deadline = time.monotonic() + 10
+        while bench.ledger.job("j").job.state is not State.RUNNING:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not troubles
+    finally:
+        bench.control.stop()
+        loop.join(10)
