@@ -156,6 +156,11 @@ class Ledger(Protocol):
         source_may_change, source_stamp, source_written, compare_reason) in the job; wakes the leader.
         False: stale."""
 
+    def reserve(self, job_id: str, unit_id: str, token: str, target: str) -> str | None:
+        """A unit's holder reserves its job's target, by a name without a line feed, until the job concludes; one
+        target may have several names. Returns the id of the job that has it, which may be another active one;
+        None: stale."""
+
     def add_units(
         self,
         job_id: str,

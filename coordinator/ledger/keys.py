@@ -11,9 +11,10 @@ leader              hash    generation (kept for ever), nonce, until            
 run                 string  run_id of the server's run that a leader adopted                       adopt_run
 hold                string  no claims before this time                                             adopt_run
 job:JOB             hash    a field per field of JobRecord (spec as JSON, booleans 0 and 1),       submit, update,
-                            version, _incarnation and _next_unit (of its units)                    all unit steps
+                            version, _incarnation, _next_unit (of its units), _targets             all unit steps
 jobs                zset    all jobs by µs of creation                                             submit, dismiss
 active              set     jobs that are not concluded                                            submit, update
+targets             hash    name of a target: the active job that writes it                        reserve, update
 idem:KEY            string  the job that an idempotency key created; 24 h                          submit
 incarnations        string  counter: a job gets a new one when it is created or drops its units    submit, update
 unit:JOB/UNIT       hash    UNIT is INCARNATION-NUMBER. kind, pass, start, end, bytes, extents,    unit steps, reap

@@ -93,6 +93,7 @@ class MemoryLedger:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._changed = threading.Condition(threading.RLock())
+        self._targets: dict[str, str] = {}
         self._run = 1
         self._adopted_run = 0
         self._hold_until = 0
@@ -213,6 +214,8 @@ class MemoryLedger:
             if drop_units:
                 self._forget_units(job)
             self._change(job, changes)
+            if job.record.state is State.CONCLUDED and before is not State.CONCLUDED:
+                self._targets = {target: owner for target, owner in self._targets.items() if owner != job_id}
             if job.record.state is not before:
                 status = NewEvent(EventName.JOB_STATUS_CHANGE, {"status": str(job.record.state)})
                 self._emit(job_id, [status])
@@ -289,6 +292,18 @@ class MemoryLedger:
             self._refresh(job)
             self._announce(job)
             return True
+
+    def reserve(self, job_id: str, unit_id: str, token: str, target: str) -> str | None:
+        with self._changed:
+            job, unit = self._held(job_id, unit_id, token)
+            if job is None or unit is None:
+                return None
+            owner = self._targets.get(target, job_id)
+            known = self._jobs.get(owner)
+            if owner != job_id and known is not None and known.record.state is not State.CONCLUDED:
+                return owner
+            self._targets[target] = job_id
+            return job_id
 
     def add_units(
         self,

@@ -54,6 +54,10 @@ class RedisUnits:
         fields = fields_of(checked(facts, OPENED_FIELDS))
         return bool(self._server.run("opened", job_id, unit_id, token, *fields))
 
+    def reserve(self, job_id: str, unit_id: str, token: str, target: str) -> str | None:
+        owner = self._server.run("reserve", job_id, unit_id, token, target)
+        return None if owner is None else str(owner)
+
     def add_units(
         self,
         job_id: str,

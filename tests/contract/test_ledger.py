@@ -401,6 +401,19 @@ def test_only_a_plan_unit_plans_and_only_a_settle_unit_settles(ledger: Ledger) -
     assert not ledger.redo("job", held.unit_id, "token", [])
 
 
+def test_a_target_belongs_to_one_active_job(ledger: Ledger) -> None:
+    start(ledger, "one")
+    start(ledger, "two")
+    holders = {held.job_id: held for held in (claim(ledger, "t1"), claim(ledger, "t2"))}
+    one, two = holders["one"], holders["two"]
+    assert ledger.reserve("one", one.unit_id, one.token, "disk") == "one"
+    assert ledger.reserve("one", one.unit_id, one.token, "disk") == "one"
+    assert ledger.reserve("two", two.unit_id, two.token, "disk") == "one"
+    assert ledger.reserve("two", two.unit_id, "another", "disk") is None
+    ledger.update("one", ledger.job("one").version, {"state": State.CONCLUDED})
+    assert ledger.reserve("two", two.unit_id, two.token, "disk") == "two"
+
+
 def test_finishing_a_plan_or_settle_unit_is_recorded_and_wakes_the_leader(ledger: Ledger) -> None:
     start(ledger, units=1)
     assert ledger.job("job").job.plan_done

@@ -186,6 +186,11 @@ class Twins(RuleBasedStateMachine):
         facts = {"max_writers": writers, "disk_size": 7, "source_may_change": True}
         self.both(lambda ledger: ledger.opened(held.job_id, held.unit_id, held.token, facts))
 
+    @rule(which=_which, disk=st.sampled_from(["x", "y"]))
+    def reserve(self, which: int, disk: str) -> None:
+        held = self.claimed(which)
+        self.both(lambda ledger: ledger.reserve(held.job_id, held.unit_id, held.token, disk))
+
     @rule(which=_which, count=st.integers(1, 3), off=st.sampled_from([0, 0, 0, 1]))
     def add_units(self, which: int, count: int, off: int) -> None:
         held = self.claimed(which, UnitKind.PLAN)

@@ -432,3 +432,19 @@ def test_an_incremental_of_a_sparse_16_tib_disk_reads_no_holes(stack: Stack, dis
     assert job.error == "", stack.logs()
     assert job.bytes_sent <= MIB + 64 * 1024
     assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "qcow2", source, target)
+
+
+def test_two_jobs_never_write_one_target(stack: Stack, disks: Path) -> None:
+    """Whether it exists or the first job makes it, and by whatever name."""
+    source, other = random_disk(disks / "source.img", 8 * MIB), random_disk(disks / "other.img", 8 * MIB)
+    target, link = disks / "target.img", disks / "link.img"
+    link.symlink_to(target)
+    first = stack.submit(source, target, speed=2 * MIB)
+    wait_until(lambda: stack.client.job(first.id).disk_size > 0, "the first plan")
+    for name in (target, link):
+        assert first.id in refusal(stack, other, name, overwrite=True)
+    stack.client.set_speed(first.id, 0)
+    assert stack.wait(first.id).error == ""
+    assert same_bytes(source, target)
+    assert stack.mirror(other, target, overwrite=True).error == ""
+    assert same_bytes(other, target)

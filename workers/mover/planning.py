@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from coordinator.model.units import Claim, PlannedUnit, UnitKind, plan_units
 from coordinator.model.uri import parse
 from workers.mover.disks import Disks, opening
 from workers.mover.lease import Lease, LeaseLostError
-from workers.sources.contract import Source
+from workers.sources.contract import Identity, Source
 from workers.targets import existing_target_identity
 
 UNITS_A_BATCH = 16
@@ -67,13 +69,14 @@ class Planner:
             source = self.disks.open_source(job)
         try:
             with opening(Side.TARGET):
-                self._check_target(job, source)
+                self._check_target(job, claim, source)
                 target = self.disks.open_target(job, source.size, create=True)
         except BaseException:
             source.close()
             raise
         self.disks.keep(job, source, target)
         with opening(Side.TARGET):
+            self._reserve(job, claim, target.identity())
             # Asked of the target rather than concluded from having made it: somebody else may have made it first.
             zeroed = all(extent.reads_as_zeroes for extent in target.extents(0, source.size))
         facts = {
@@ -85,9 +88,10 @@ class Planner:
         self._record(claim, facts)
         return job.model_copy(update=facts)
 
-    def _check_target(self, job: JobRecord, source: Source) -> None:
+    def _check_target(self, job: JobRecord, claim: Claim, source: Source) -> None:
         spec = job.spec
-        there = existing_target_identity(parse(spec.target), self.disks.access)
+        uri = parse(spec.target)
+        there = existing_target_identity(uri, self.disks.access)
         if there is not None and there in source.reads_from():
             raise RefusedError(
                 f"the target {spec.target} is the source {spec.source}, or a file it is read from",
@@ -97,6 +101,19 @@ class Planner:
             raise NotFoundError(
                 f"the target {spec.target} does not exist, so there is no older copy to bring up to date",
                 "make a full copy first",
+            )
+        # By what it is, or by the name that it will be made under: two jobs must not make one file either.
+        self._reserve(job, claim, there or ("path", os.path.realpath(uri.path)))
+
+    def _reserve(self, job: JobRecord, claim: Claim, target: Identity) -> None:
+        """No two active jobs write one target. Files, devices and sockets are those of this host."""
+        name = " ".join((socket.gethostname(), *map(str, target)))
+        owner = self.ledger.reserve(job.id, claim.unit_id, claim.token, name)
+        if owner is None:
+            raise LeaseLostError(f"the plan of job {job.id} was taken over")
+        if owner != job.id:
+            raise RefusedError(
+                f"job {owner} is writing the target {job.spec.target}", "wait until it has concluded, or cancel it"
             )
 
     def _record(self, claim: Claim, facts: Mapping[str, object]) -> None:

@@ -1,6 +1,6 @@
 -- One step of the control loop, or a verb of an operator.
 -- Keys: leader (read), job:*, unit:*, ready:*, leased:*, leases, suspects:*, quarantined:*, trash,
---   incarnations, active, runnable, turn, events, wake (written).
+--   incarnations, active, targets, runnable, turn, events, wake (written).
 -- ARGV: job id, version, generation or "", nonce, 1 to drop units, kind of a new unit or "", its pass,
 --   number of changes, field and value of each, then name and JSON of each event.
 -- Returns {"ok", fields…}, {"deposed"}, {"missing"} or {"conflict"}.
@@ -25,6 +25,14 @@ end
 local state = redis.call('HGET', key, 'state')
 if state ~= before[2] then
   redis.call(state == 'concluded' and 'SREM' or 'SADD', P .. 'active', job)
+  if state == 'concluded' then
+    for target in string.gmatch(redis.call('HGET', key, '_targets') or '', '[^\n]+') do
+      if redis.call('HGET', P .. 'targets', target) == job then
+        redis.call('HDEL', P .. 'targets', target)
+      end
+    end
+    redis.call('HDEL', key, '_targets')
+  end
   emit(job, 'JOB_STATUS_CHANGE', '{"status":"' .. state .. '"}')
 end
 emit_all(job, last + 1)
