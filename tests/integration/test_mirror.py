@@ -408,6 +408,8 @@ def test_a_disk_is_never_mirrored_onto_itself(stack: Stack, disks: Path) -> None
     top = disks / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", source, "-F", "raw", top)
     assert "source" in refusal(stack, top, source, overwrite=True)
+    with QemuNbd(source, "--read-only", name="ro") as server:
+        assert str(source) in refusal(stack, server.uri, source, overwrite=True)
     with QemuNbd(source) as server:
         detour = server.uri.replace(str(disks), str(disks / "." / ".." / disks.name))
         assert "source" in refusal(stack, server.uri, detour)

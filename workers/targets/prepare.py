@@ -55,8 +55,8 @@ def prepare_raw(path: str, size: int, access: Access, wish: Wish) -> None:
             raise RefusedError(
                 f"{path} is in use by the host: mounted, or part of a volume group or RAID", "unmount it first"
             )
-        if locks.has_writer(disk.fd):
-            raise RefusedError(f"{path} is open for writing in a QEMU process", "stop it, or name its NBD export")
+        if locks.has_holder(disk.fd):  # a reader too: it may be what serves the source
+            raise RefusedError(f"{path} is open in a QEMU process", "stop it, or name its NBD export")
         if disk.is_device:
             check_size(path, disk.size, size)
             return
