@@ -130,7 +130,8 @@ class Ledger(Protocol):
         term: Term | None = None,
     ) -> JobRecord:
         """Apply `changes` (fields of JobRecord) if the job still has `version`, else ConflictError; append
-        the events (and a JOB_STATUS_CHANGE {status} when `state` changes); add `new_unit`; wake the leader.
+        the events (and a JOB_STATUS_CHANGE {status} when `state` changes: before them, but after them when the
+        job is concluded, as QEMU orders them); add `new_unit`; wake the leader.
         `drop_units` forgets all units of the job and zeroes its unit counters (a new pass, or an abort),
         before the changes and `new_unit` apply: later finishes of them are stale. `term` given:
         DeposedError unless current. Unit steps do not change a job's version, except those that wake the

@@ -216,10 +216,10 @@ class MemoryLedger:
             self._change(job, changes)
             if job.record.state is State.CONCLUDED and before is not State.CONCLUDED:
                 self._targets = {target: owner for target, owner in self._targets.items() if owner != job_id}
-            if job.record.state is not before:
-                status = NewEvent(EventName.JOB_STATUS_CHANGE, {"status": str(job.record.state)})
-                self._emit(job_id, [status])
-            self._emit(job_id, events)
+            status = [NewEvent(EventName.JOB_STATUS_CHANGE, {"status": str(job.record.state)})]
+            changed = status if job.record.state is not before else []
+            concluded = job.record.state is State.CONCLUDED
+            self._emit(job_id, [*events, *changed] if concluded else [*changed, *events])
             if new_unit is not None:
                 self._create_unit(job, _Unit(new_unit.kind, new_unit.pass_number))
             self._refresh(job)

@@ -195,8 +195,10 @@ def test_verbs_answer_within_a_second_while_data_flows(stack: Stack, disks: Path
     assert held.units_leased == 0
     client.resume(job.id)
     assert timed(State.RUNNING) < 1
+    begun = time.monotonic()
     client.set_speed(job.id, 0)
-    stack.wait(job.id, State.READY)
+    stack.wait(job.id, State.READY)  # the rest, some 200 MiB: at the old speed it would take 6 seconds
+    assert time.monotonic() - begun < 3
     assert same_bytes(source, target)
     client.complete(job.id)
     assert timed(State.CONCLUDED) < 1
@@ -222,15 +224,23 @@ def test_cancel_concludes_and_pretends_no_copy(stack: Stack, disks: Path) -> Non
     begun = time.monotonic()
     stack.client.cancel(job.id)
     ended = stack.wait(job.id)
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 1
     assert ended.cancelled
     assert "BLOCK_JOB_CANCELLED" in [e["event"] for e in stack.events(job.id)]
 
 
 def test_a_job_takes_qemus_states_in_order(stack: Stack, disks: Path) -> None:
     job = stack.mirror(random_disk(disks / "source.img", MIB), disks / "target.img")
-    states = [e["status"] for e in stack.events(job.id) if e["event"] == "JOB_STATUS_CHANGE"]
-    assert states == ["running", "ready", "waiting", "pending", "concluded"]
+    assert [e.get("status", e["event"]) for e in stack.events(job.id)] == [
+        "running",
+        "ready",
+        "MIRROR_STATE_CHANGE",
+        "BLOCK_JOB_READY",
+        "waiting",
+        "pending",
+        "BLOCK_JOB_COMPLETED",
+        "concluded",
+    ]
     stack.client.dismiss(job.id)
 
 

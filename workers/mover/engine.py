@@ -17,7 +17,7 @@ import blake3
 
 from coordinator.model.errors import DiskIOError, Side
 from coordinator.model.extent import BLOCK_BYTES, Extent, merge_adjacent
-from workers.mover.failpoint import pass_point
+from workers.failpoint import pass_point
 from workers.mover.lease import Lease
 from workers.mover.rate import RateLimit
 from workers.sources.contract import Source

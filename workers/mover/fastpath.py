@@ -22,6 +22,7 @@ from typing import Protocol
 
 from coordinator.model.errors import DiskIOError, FlushpointError
 from coordinator.model.extent import Extent, Status
+from workers.failpoint import pass_point
 from workers.mover.lease import Lease
 from workers.mover.rate import RateLimit
 from workers.nbd.connection import Connection, connect
@@ -145,6 +146,7 @@ class FileToFile:
 
     def _copy_range(self, offset: int, length: int) -> None:
         end = offset + length
+        pass_point("between-read-and-write")
         while offset < end:
             try:
                 copied = os.copy_file_range(self.from_fd, self.to_fd, end - offset, offset, offset)

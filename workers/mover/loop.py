@@ -19,9 +19,9 @@ from coordinator.model.messages import Doorbell
 from coordinator.model.policy import Action
 from coordinator.model.units import Claim, UnitKind
 from coordinator.settings import Settings
+from workers.failpoint import pass_point
 from workers.mover.disks import Disks, OpenError
 from workers.mover.engine import Engine, Failure, Orders, Outcome
-from workers.mover.failpoint import pass_point
 from workers.mover.fastpath import copy_fast
 from workers.mover.lease import Lease, LeaseLostError
 from workers.mover.planning import Planner

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from coordinator.model.errors import DiskIOError, Next
+from workers.failpoint import pass_point
 from workers.nbd import wire
 from workers.nbd.channel import PlainChannel
 from workers.nbd.connection import Connection
@@ -220,6 +221,7 @@ class _NbdSink:
         self._outgoing.sendall(header, socket.MSG_MORE)
         while length:
             got = _fill(incoming, pipe, length)
+            pass_point("between-read-and-write")
             length -= got
             while got:
                 got -= os.splice(pipe[0], self._outgoing.fileno(), got, flags=_MORE if length else _LAST)
@@ -284,6 +286,7 @@ class _FileSink:
         start, todo = offset, length
         while todo:
             got = _fill(incoming, pipe, todo)
+            pass_point("between-read-and-write")
             todo -= got
             while got:
                 try:

@@ -33,9 +33,18 @@ if state ~= before[2] then
     end
     redis.call('HDEL', key, '_targets')
   end
+end
+-- As QEMU does: a job is said to be completed or cancelled before it is concluded, and to be ready before the
+-- event that says so.
+if state == 'concluded' then
+  emit_all(job, last + 1)
+end
+if state ~= before[2] then
   emit(job, 'JOB_STATUS_CHANGE', '{"status":"' .. state .. '"}')
 end
-emit_all(job, last + 1)
+if state ~= 'concluded' then
+  emit_all(job, last + 1)
+end
 if ARGV[6] ~= '' then
   create_unit(job, ARGV[6], ARGV[7], 0, 0, 0, '')
 end

@@ -1,4 +1,4 @@
-"""Named points where the fault tests kill, stop or fail a mover; nothing at all unless FLUSHPOINT_FAILPOINT is set.
+"""Named points where the fault tests kill or stop a mover; nothing at all unless FLUSHPOINT_FAILPOINT is set.
 
 ``FLUSHPOINT_FAILPOINT=NAME:ACTION:FILE`` acts the first time any process passes point NAME: the one that can
 create FILE (exclusively, writing its process id into it). ACTION is ``kill`` or ``stop`` (SIGKILL, SIGSTOP to itself).
