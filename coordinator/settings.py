@@ -5,18 +5,28 @@ Timeouts that depend on each other are checked together, when the settings load.
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Self
+from typing import Annotated, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
 from coordinator.model.errors import UsageError
+
+URL_SCHEMES = {
+    "redis_url": ("redis", "rediss", "unix"),
+    # No sentinel: kombu needs the name of its master, for which there is no setting.
+    "broker_url": ("redis", "rediss", "redis+socket", "amqp", "amqps"),
+}
+_SEPARATORS = {"allowed_roots": ":", "allowed_endpoints": ","}  # a path may hold a comma, an endpoint has colons
 
 
 class Settings(BaseSettings):
@@ -25,10 +35,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLUSHPOINT_", extra="ignore", frozen=True)
 
     redis_url: str = "redis://127.0.0.1:6379/0"
-    """The ledger: Redis or Valkey with AOF and maxmemory-policy noeviction."""
+    """The ledger: Redis or Valkey with AOF and maxmemory-policy noeviction. redis://, rediss:// or unix://."""
     redis_prefix: str = "fp:"
     broker_url: str = "redis://127.0.0.1:6379/1"
-    """The doorbells: redis://, redis+socket:// or amqp://."""
+    """The doorbells: redis://, rediss://, redis+socket://, amqp:// or amqps://."""
 
     api_socket: str = ""
     """Unix socket of the API; with it nothing listens on TCP."""
@@ -38,18 +48,19 @@ class Settings(BaseSettings):
     worker_slots: int = Field(default=2, ge=1, le=256)
     worker_budget_s: float = Field(default=60.0, gt=0)
     """How long a woken worker goes on claiming before it gives its slot back to the broker."""
-    allowed_roots: tuple[str, ...] = ()
-    """Directories under which a worker reads and writes files; none: no files at all."""
-    allowed_endpoints: tuple[str, ...] = ()
-    """NBD peers a worker may talk to: CIDR, host, host:port; "*" allows all but link-local and metadata addresses."""
+    allowed_roots: Annotated[tuple[str, ...], NoDecode] = ()
+    """Directories under which a worker reads and writes files; none: no files at all. As text /a:/b or JSON."""
+    allowed_endpoints: Annotated[tuple[str, ...], NoDecode] = ()
+    """NBD peers a worker may talk to: CIDR, host, host:port; "*" allows all but link-local and metadata addresses.
+    As text separated by commas, or JSON."""
 
     lease_s: float = Field(default=15.0, gt=0)
     renew_s: float = Field(default=0.2, gt=0)
     """A renewal also fetches pause, cancel and speed, so it is what makes verbs answer quickly."""
     io_timeout_s: float = Field(default=30.0, gt=0)
     """How long a peer may stay silent while requests are in flight."""
-    unit_slice_s: float = Field(default=10.0, gt=0)
-    """A unit that takes longer (a slow peer, a low speed) is flushed and given back in part."""
+    unit_slice_s: float = Field(default=3.0, gt=0)
+    """A unit that takes longer (a slow peer, a low speed) is flushed and given back in part, which shows progress."""
     max_attempts: int = Field(default=5, ge=1)
     retry_delay_s: float = Field(default=1.0, ge=0)
     quarantine_s: float = Field(default=5.0, ge=0)
@@ -80,13 +91,52 @@ class Settings(BaseSettings):
         toml = TomlConfigSettingsSource(settings_cls, os.environ.get("FLUSHPOINT_CONFIG"))
         return init_settings, env_settings, toml
 
+    @field_validator("allowed_roots", "allowed_endpoints", mode="before")
+    @classmethod
+    def _list_from_text(cls, value: object, info: ValidationInfo) -> object:
+        """An environment variable is text: a JSON list, or the names with a separator between them."""
+        if not isinstance(value, str):
+            return value
+        separator = _SEPARATORS[str(info.field_name)]
+        if not value.lstrip().startswith("["):
+            return tuple(part.strip() for part in value.split(separator) if part.strip())
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError(f"is no JSON list; names with {separator!r} between them will do") from None
+
+    @field_validator("allowed_roots")
+    @classmethod
+    def _roots_are_absolute(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
+        for root in roots:
+            if not root.startswith("/"):
+                raise ValueError(f"{root!r} is no absolute path")
+        return roots
+
+    @field_validator("redis_url", "broker_url")
+    @classmethod
+    def _scheme_is_known(cls, url: str, info: ValidationInfo) -> str:
+        """The libraries would answer with a traceback. The URL may hold a password and is not repeated."""
+        known = URL_SCHEMES[str(info.field_name)]
+        scheme, separator, _ = url.partition("://")
+        if not separator or scheme not in known:
+            found = f"the scheme {scheme!r} is unknown" if separator else "that is no URL"
+            raise ValueError(f"{found}; it begins with one of {', '.join(f'{one}://' for one in known)}")
+        try:
+            _ = urlsplit(url).port
+        except ValueError:
+            raise ValueError("its host or port is malformed") from None
+        return url
+
     @model_validator(mode="after")
     def _timeouts_fit_together(self) -> Self:
         rules = (
             (self.renew_s * 4 <= self.lease_s, "renew_s must be at most a quarter of lease_s"),
             (
-                self.visibility_timeout_s > self.worker_budget_s + self.unit_slice_s,
-                "visibility_timeout_s must exceed worker_budget_s + unit_slice_s, or doorbells are delivered twice",
+                # The last claim at the end of the budget runs for a slice, whose last request may wait for its peer.
+                self.visibility_timeout_s > self.worker_budget_s + self.unit_slice_s + self.io_timeout_s,
+                "visibility_timeout_s must exceed worker_budget_s + unit_slice_s + io_timeout_s, "
+                "or doorbells are delivered twice",
             ),
             (self.cycle_s * 4 <= self.leader_ttl_s, "cycle_s must be at most a quarter of leader_ttl_s"),
             (self.cycle_s < self.lease_s, "cycle_s must be less than lease_s, or expired leases are found late"),
@@ -105,6 +155,7 @@ def load_settings() -> Settings:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         where = f"FLUSHPOINT_{name.upper()}" if name else "the settings"
-        raise UsageError(f"{where}: {first['msg']}", "see config/flushpoint.toml") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {reason}", "see config/flushpoint.toml") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the settings: {error}", "check $FLUSHPOINT_CONFIG") from None

@@ -11,10 +11,10 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError
 
 from coordinator.model.errors import (
     FlushpointError,
@@ -197,11 +197,16 @@ def wait(
     yield Item(found)
 
 
-def error_of(status: int, content: bytes) -> FlushpointError:
-    """The error class that a problem document (RFC 9457) names; by its status where the answer is none of ours."""
+def error_of(address: str, status: int, content: bytes) -> FlushpointError:
+    """The error class that a problem document (RFC 9457) names; by its status where the answer is none of ours.
+
+    A coordinator that breaks, or a proxy before it, answers with 5xx. All else without a problem is not Flushpoint.
+    """
     try:
         problem = _PROBLEM(content)
     except ValidationError:
+        if status < 500 and status not in _PASSING_STATUSES:
+            return no_api(address, f"status {status} without a problem document")
         kind = UnavailableError if status in _PASSING_STATUSES else FlushpointError
         return kind(f"the API answered {status} without saying why", "see the coordinator's log")
     kind = _KINDS.get(problem.code, RefusedError if status == 409 else FlushpointError)
@@ -210,7 +215,17 @@ def error_of(status: int, content: bytes) -> FlushpointError:
     return error
 
 
+def no_api(address: str, reason: str) -> UsageError:
+    """What to say where something else listens, or another version."""
+    return UsageError(
+        f"{address} answers, but is no Flushpoint API: {reason}",
+        "check $FLUSHPOINT_API, and that client and coordinator are of the same version",
+    )
+
+
 class _Problem(BaseModel):
+    type: Annotated[str, StringConstraints(pattern="^urn:flushpoint:")]
+    """Other APIs have documents with a `code` too."""
     title: str = ""
     detail: str = ""
     remedy: str = ""

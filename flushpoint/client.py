@@ -19,7 +19,7 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 import httpx
 from pydantic import ValidationError
 
-from coordinator.model.errors import FlushpointError, UnavailableError, UsageError
+from coordinator.model.errors import UnavailableError, UsageError
 from flushpoint import calls, embedded
 from flushpoint.calls import Call, Conversation, Item
 
@@ -124,15 +124,11 @@ class _Methods:
     def _parse(self, call: Call[T], response: httpx.Response) -> T:
         self._answered = True
         if not response.is_success:
-            raise calls.error_of(response.status_code, response.content)
+            raise calls.error_of(self.address, response.status_code, response.content)
         try:
             return call.parse(response.content)
         except ValidationError as error:
-            where = f"{call.method} {call.path}"
-            raise FlushpointError(
-                f"{self.address} answers {where} with something else than a Flushpoint API: {error.errors()[0]['msg']}",
-                "check $FLUSHPOINT_API and that client and coordinator are of the same version",
-            ) from error
+            raise calls.no_api(self.address, f"{call.method} {call.path}: {error.errors()[0]['msg']}") from error
 
     def _retry(self, call: Call[Any]) -> _Retry:
         return _Retry(self.address, call, PATIENCE_S if self._answered else 0.0)

@@ -126,7 +126,7 @@ def ensure_running(timeout_s: float = START_TIMEOUT_S) -> str:
     """Address of the embedded stack's API, as soon as it answers.
 
     Any number of clients may call this at once: one of them starts the stack. UnavailableError, with the last
-    lines of the log, if the API does not answer in time.
+    lines of the log, if the API does not answer in time; UsageError if the stack refuses its settings.
     """
     state = state_dir()
     if api_answers(state):
@@ -141,8 +141,9 @@ def ensure_running(timeout_s: float = START_TIMEOUT_S) -> str:
             if not pid and (lock := _try_lock(state.start_lock)) is not None:
                 held.callback(os.close, lock)
                 pid = _start_supervisor(state)
-            if pid and _has_failed(pid):
-                raise _start_error(state, "ended while it started")
+            if pid and (code := _failure(pid)) is not None:
+                kind = UsageError if code == UsageError.exit_code else UnavailableError
+                raise _start_error(state, "ended while it started", kind)
             time.sleep(POLL_S)
     raise _start_error(state, f"does not answer after {timeout_s:g} s")
 
@@ -243,33 +244,43 @@ def _try_lock(path: Path) -> int | None:
 
 def _start_supervisor(state: StateDir) -> int:
     """Start `flushpoint up` in a session of its own; its process id."""
-    with contextlib.suppress(FileNotFoundError):
-        if state.log.stat().st_size > LOG_MAX_BYTES:
-            state.log.replace(state.log.with_suffix(".log.1"))
     log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    return os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-P", "-m", "flushpoint", "up"],
-        {**os.environ, "FLUSHPOINT_STATE_DIR": str(state.path)},
-        file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(state.log), log_flags, 0o600),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
-        ],
-        setsid=True,
-    )
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if state.log.stat().st_size > LOG_MAX_BYTES:
+                state.log.replace(state.log.with_suffix(".log.1"))
+        return os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-P", "-m", "flushpoint", "up"],
+            {**os.environ, "FLUSHPOINT_STATE_DIR": str(state.path)},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(state.log), log_flags, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
+    except OSError as error:  # posix_spawn does not tell which of its steps failed
+        raise UnavailableError(
+            f"cannot start the embedded stack: {error.strerror}",
+            f"check that you can write {state.log} and that there are processes and memory left, "
+            "or set FLUSHPOINT_STATE_DIR to a directory of yours",
+        ) from error
 
 
-def _has_failed(pid: int) -> bool:
-    """Whether the supervisor that we started is gone, unless it made way for one that was there already."""
+def _failure(pid: int) -> int | None:
+    """The exit code of the supervisor that we started, unless it lives or made way for one that was there already."""
     try:
         ended, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:  # reaped a moment ago: it had made way
-        return False
-    return ended != 0 and os.waitstatus_to_exitcode(status) != ALREADY_RUNNING_EXIT
+        return None
+    code = os.waitstatus_to_exitcode(status) if ended else ALREADY_RUNNING_EXIT
+    return None if code == ALREADY_RUNNING_EXIT else code
 
 
-def _start_error(state: StateDir, what: str) -> FlushpointError:
+def _start_error(
+    state: StateDir, what: str, kind: type[UsageError | UnavailableError] = UnavailableError
+) -> FlushpointError:
     tail = log_tail(state)
     said = f"; its last lines:\n  {chr(10).join(tail).replace(chr(10), chr(10) + '  ')}\n" if tail else ""
-    return UnavailableError(f"the embedded stack {what}{said}", f"see {state.log}, and try flushpoint doctor")
+    return kind(f"the embedded stack {what}{said}", f"see {state.log}, and try flushpoint doctor")

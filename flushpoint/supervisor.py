@@ -48,7 +48,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 STOP_PLANS: dict[str, tuple[tuple[signal.Signals, float], ...]] = {
     # Celery: SIGTERM lets running tasks end, and an idle worker does so in 2 s. A task goes on claiming units for
-    # up to a minute, so a busy worker gets SIGQUIT: worker_soft_shutdown_timeout (10 s) for the unit in hand.
+    # up to a minute, so a busy worker gets SIGQUIT: worker_soft_shutdown_timeout (unit_slice_s) for the unit in hand.
     "worker": ((signal.SIGTERM, 3.0), (signal.SIGQUIT, 12.0)),
     "coordinator": ((signal.SIGTERM, 15.0),),
     "valkey": ((signal.SIGTERM, 10.0),),

@@ -28,7 +28,13 @@ def mirror(
     speed: Annotated[str, typer.Option(metavar="RATE", help="Bytes per second, as in 50M; 0 is unlimited.")] = "0",
     on_source_error: Annotated[ErrorPolicy, typer.Option(help="What a read error does.")] = ErrorPolicy.REPORT,
     on_target_error: Annotated[ErrorPolicy, typer.Option(help="What a write error does.")] = ErrorPolicy.REPORT,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="An existing target may be overwritten.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="An existing target may be overwritten. Files only: devices and exports are written as they are.",
+        ),
+    ] = False,
     no_auto_complete: Annotated[
         bool, typer.Option("--no-auto-complete", help="Stay ready until told to complete.")
     ] = False,

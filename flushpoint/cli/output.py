@@ -12,7 +12,6 @@ import typer
 
 from coordinator.model.errors import FlushpointError
 from coordinator.model.job import IoStatus, State
-from coordinator.model.uri import without_credentials
 from coordinator.model.view import JobView
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
@@ -30,12 +29,12 @@ def write_json(document: Any) -> None:
     print(json.dumps(document, ensure_ascii=False), flush=True)
 
 
-def write_job(job: JobView, as_json: bool) -> None:
-    """The job as a program or a person wants to see it."""
+def write_job(job: JobView, as_json: bool, remark: str = "") -> None:
+    """The job as a program or a person wants to see it; `remark` is for the person."""
     if as_json:
         write_json(job.model_dump(mode="json"))
     else:
-        print(f"{job.id}  {job.state}", flush=True)
+        print(f"{job.id}  {job.state}{remark and f' ({remark})'}", flush=True)
 
 
 def report(error: FlushpointError, as_json: bool) -> int:
@@ -103,6 +102,11 @@ def progress_text(job: JobView) -> str:
     return f"{100 * job.offset // total}%"
 
 
+def in_passes(job: JobView) -> str:
+    """The sum of several passes can be more than the disk holds, so their number is told; "" for one."""
+    return f" in {job.pass_number} passes" if job.pass_number > 1 else ""
+
+
 def job_table(jobs: Iterable[JobView]) -> str:
     head = ("ID", "STATE", "DONE", "RATE", "SOURCE", "TARGET")
     rows = [
@@ -111,8 +115,8 @@ def job_table(jobs: Iterable[JobView]) -> str:
             outcome_text(job),
             progress_text(job),
             rate_text(job.rate),
-            without_credentials(job.spec.source),
-            without_credentials(job.spec.target),
+            job.spec.source,
+            job.spec.target,
         )
         for job in jobs
     ]
@@ -124,15 +128,18 @@ def job_details(job: JobView) -> str:
     rows = [
         ("id", job.id),
         ("state", outcome_text(job) if job.state is State.CONCLUDED else str(job.state)),
-        ("source", without_credentials(job.spec.source)),
-        ("target", without_credentials(job.spec.target)),
+        ("source", job.spec.source),
+        ("target", job.spec.target),
         ("sync", job.spec.sync + (f" (bitmap {job.spec.bitmap})" if job.spec.bitmap else "")),
         ("created", _time_text(job.created_at)),
         ("started", _time_text(job.started_at)),
         ("concluded", _time_text(job.concluded_at)),
         ("disk", size_text(job.disk_size) if job.disk_size else ""),
         ("pass", f"{job.pass_number} ({job.pass_kind})" if job.pass_number else ""),
-        ("progress", f"{size_text(job.offset)} of {size_text(expected_len(job))} ({progress_text(job)})"),
+        (
+            "progress",
+            f"{size_text(job.offset)} of {size_text(expected_len(job))} ({progress_text(job)}){in_passes(job)}",
+        ),
         ("read, sent", f"{size_text(job.bytes_read)}, {size_text(job.bytes_sent)}"),
         ("rate", rate_text(job.rate)),
         ("remaining", duration_text(job.eta_s) if job.eta_s else ""),

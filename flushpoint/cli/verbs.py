@@ -7,12 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coordinator.model.errors import UnavailableError
+from coordinator.model.job import State, Verb
 from coordinator.model.view import JobView
 from flushpoint.cli import output, session
 from flushpoint.cli.mirror import parse_rate
 
 if TYPE_CHECKING:
     from flushpoint.client import Client
+
+FOLLOW_S = 2.0
+"""A verb is answered when it is noted down; this is how long the command waits for what follows from it."""
+_PAUSED = frozenset({State.PAUSED, State.STANDBY})
+_GOALS: dict[Verb, frozenset[State]] = {
+    Verb.PAUSE: _PAUSED | {State.CONCLUDED},
+    Verb.RESUME: frozenset(State) - _PAUSED,
+    Verb.COMPLETE: frozenset({State.CONCLUDED}),
+    Verb.CANCEL: frozenset({State.CONCLUDED}),
+    Verb.FINALIZE: frozenset({State.CONCLUDED}),
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -23,12 +36,12 @@ def register(app: typer.Typer) -> None:
 
 def pause(job_id: output.JobArgument, as_json: output.JsonOption = False) -> None:
     """Stop copying for a while; the job keeps its place."""
-    _act(job_id, as_json, lambda client, full_id: client.pause(full_id))
+    _act(Verb.PAUSE, job_id, as_json, lambda client, full_id: client.pause(full_id))
 
 
 def resume(job_id: output.JobArgument, as_json: output.JsonOption = False) -> None:
     """Go on after a pause or an error."""
-    _act(job_id, as_json, lambda client, full_id: client.resume(full_id))
+    _act(Verb.RESUME, job_id, as_json, lambda client, full_id: client.resume(full_id))
 
 
 def set_speed(
@@ -38,7 +51,8 @@ def set_speed(
 ) -> None:
     """Limit a job, over all its workers."""
     speed = parse_rate(rate)
-    _act(job_id, as_json, lambda client, full_id: client.set_speed(full_id, speed))
+    with session.connect() as client:
+        output.write_job(client.set_speed(session.job_id(client, job_id), speed), as_json)
 
 
 def complete(
@@ -47,7 +61,7 @@ def complete(
     as_json: output.JsonOption = False,
 ) -> None:
     """End a ready job with a clean copy; if that cannot be, the job goes on."""
-    _act(job_id, as_json, lambda client, full_id: client.complete(full_id, pivot=pivot))
+    _act(Verb.COMPLETE, job_id, as_json, lambda client, full_id: client.complete(full_id, pivot=pivot))
 
 
 def cancel(
@@ -56,12 +70,12 @@ def cancel(
     as_json: output.JsonOption = False,
 ) -> None:
     """Give a job up; its target is no copy."""
-    _act(job_id, as_json, lambda client, full_id: client.cancel(full_id, force=force))
+    _act(Verb.CANCEL, job_id, as_json, lambda client, full_id: client.cancel(full_id, force=force))
 
 
 def finalize(job_id: output.JobArgument, as_json: output.JsonOption = False) -> None:
     """Conclude a pending job."""
-    _act(job_id, as_json, lambda client, full_id: client.finalize(full_id))
+    _act(Verb.FINALIZE, job_id, as_json, lambda client, full_id: client.finalize(full_id))
 
 
 def dismiss(job_id: output.JobArgument, as_json: output.JsonOption = False) -> None:
@@ -75,6 +89,29 @@ def dismiss(job_id: output.JobArgument, as_json: output.JsonOption = False) -> N
         print(f"{full_id}  dismissed")
 
 
-def _act(text: str, as_json: bool, verb: Callable[[Client, str], JobView]) -> None:
+def _act(verb: Verb, text: str, as_json: bool, send: Callable[[Client, str], JobView]) -> None:
     with session.connect() as client:
-        output.write_job(verb(client, session.job_id(client, text)), as_json)
+        job = send(client, session.job_id(client, text))
+        goals = _goals(verb, job)
+        job = _reached(client, job, goals)
+    is_refused = verb is Verb.COMPLETE and job.state is State.READY and not job.complete_requested
+    if is_refused:  # the source still changes; the job goes on
+        output.say(f"job {job.id} is ready, but was not completed: {job.error}")
+    output.write_job(job, as_json, "" if job.state in goals or is_refused else f"{verb} asked for")
+
+
+def _goals(verb: Verb, job: JobView) -> frozenset[State]:
+    """The states in which the verb has done what it can."""
+    if verb is Verb.COMPLETE and not job.spec.auto_finalize:
+        return _GOALS[verb] | {State.PENDING}
+    return _GOALS[verb]
+
+
+def _reached(client: Client, job: JobView, goals: frozenset[State]) -> JobView:
+    """The job as soon as it is in one of `goals`, or as it is after a while."""
+    if job.state in goals:
+        return job
+    try:
+        return client.wait(job.id, until=goals, timeout_s=FOLLOW_S)
+    except UnavailableError:
+        return client.job(job.id)

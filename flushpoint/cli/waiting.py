@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,25 +85,30 @@ def _rests(job: JobView) -> bool:
 
 def _ending(job: JobView) -> str:
     if job.failed:
-        return f"job {job.id} failed: {job.error}"
+        return f"job {job.id} failed: {job.error.rstrip('.')}. {job.spec.target} is no whole copy"
     if job.cancelled:
-        return f"job {job.id} was cancelled"
+        return f"job {job.id} was cancelled. {job.spec.target} is no whole copy"
     if job.state is State.READY:
         refusal = f": {job.error}" if job.error else ""
         return f"job {job.id} is ready{refusal}; complete it with: flushpoint complete {job.id}"
     if job.state is State.PENDING:
         return f"job {job.id} is pending; finalize it with: flushpoint finalize {job.id}"
     took_s = job.concluded_at - job.started_at if job.started_at else 0.0
+    passes = output.in_passes(job)
     return (
-        f"job {job.id} is done: {output.size_text(job.offset)} in {output.duration_text(took_s)}, "
+        f"job {job.id} is done: {output.size_text(job.offset)}{passes}{' and' if passes else ' in'} "
+        f"{output.duration_text(took_s)}, "
         f"{output.size_text(job.bytes_sent)} sent"
     )
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[JobView], None]]:
-    """Shows a job as it goes, on a terminal; elsewhere nothing."""
-    if not sys.stderr.isatty():
+    """Shows a job as it goes, on a terminal; elsewhere nothing.
+
+    Nothing either where $NO_COLOR asks for no escape codes: a bar is drawn with them, coloured or not.
+    """
+    if not sys.stderr.isatty() or os.environ.get("NO_COLOR"):
         yield lambda job: None
         return
     from rich.console import Console

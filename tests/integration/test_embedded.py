@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coordinator.model.errors import UnavailableError
+from coordinator.model.errors import UsageError
 from coordinator.model.job import JobSpec, State
 from flushpoint import embedded
 from flushpoint.client import Client
@@ -137,7 +137,7 @@ def test_a_killed_supervisor_leaves_no_orphan_and_no_obstacle(state: StateDir) -
 
 def test_settings_that_fit_nothing_are_told_with_the_log(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUSHPOINT_LEASE_S", "soon")
-    with pytest.raises(UnavailableError, match="FLUSHPOINT_LEASE_S") as caught:
+    with pytest.raises(UsageError, match="FLUSHPOINT_LEASE_S") as caught:
         embedded.ensure_running()
     assert str(state.log) in caught.value.remedy
     assert embedded.supervisor_pid(state) is None

@@ -124,3 +124,37 @@ def test_events_of_one_job_pass_over_the_others(api: TestClient, ledger: MemoryL
 
 def test_health_tells_who_leads(api: TestClient) -> None:
     assert api.get("/v1/health").json() == {"status": "ok", "version": "0.1.0", "leader": True, "workers": {}}
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("uri", ["nbd://bob:s3cret@host/disk", "nbd://host/disk?password=s3cret", "nbd://bob:s3cret"])
+def test_a_secret_in_a_uri_is_refused_before_anything_is_stored(
+    api: TestClient, ledger: MemoryLedger, side: str, uri: str
+) -> None:
+    answer = api.post("/v1/jobs", json={**BODY, side: uri}, headers={"Idempotency-Key": "k"})
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "usage"
+    assert "s3cret" not in answer.text + str(answer.headers)
+    assert ledger.jobs() == []
+    assert ledger.events("0", limit=10) == []
+    # The key was not used up either: the mended submission makes a job of its own.
+    assert api.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": "k"}).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**BODY, "source": "nbd://bob:s3cret@host/" + "x" * 4096},
+        {**BODY, "source": ["nbd://bob:s3cret@host/x"]},
+        {**BODY, "sync": "s3cret"},
+        {**BODY, "speed": "s3cret"},
+        {"source": "nbd://bob:s3cret@host/x"},
+        {"source": "nbd://bob:s3cret@host/x", "target": "/b", "sync": "dirty"},
+        "nbd://bob:s3cret@host/x",
+    ],
+)
+def test_what_does_not_validate_is_not_repeated(api: TestClient, body: object) -> None:
+    answer = api.post("/v1/jobs", json=body)
+    assert answer.status_code == 422
+    assert "s3cret" not in answer.text
+    assert "input" not in answer.json()

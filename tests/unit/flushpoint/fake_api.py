@@ -83,7 +83,7 @@ class FakeApi:
 def _problem(code: str, detail: str, remedy: str) -> tuple[int, Any]:
     status = PROBLEM_STATUS[code]
     return status, {
-        "type": code,
+        "type": f"urn:flushpoint:{code}",
         "title": code,
         "status": status,
         "detail": detail,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -79,7 +80,18 @@ def test_a_concluded_job_leaves_with_what_its_error_means(
     api.add("feed", {**DONE, **end, "error": "the target is full" if end.get("fatal") else ""})
     found, _, err = run(capsys, "mirror", "/a", "/b")
     assert found == code
-    assert ("failed: the target is full" in err) == bool(end.get("fatal"))
+    assert ("failed: the target is full. /disks/b.raw is" in err) == bool(end.get("fatal"))
+    assert ("/disks/b.raw is no whole copy" in err) == (code != 0)
+
+
+def test_what_several_passes_copied_is_told_with_their_number(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("feed", {**DONE, "pass_number": 2})
+    assert run(capsys, "mirror", "/a", "/b")[2] == (
+        "flushpoint: job feed is done: 4.0 KiB in 2 passes and 0.0 s, 4.0 KiB sent\n"
+    )
+    assert "4.0 KiB of 4.0 KiB (100%) in 2 passes\n" in run(capsys, "job", "feed")[1]
+    api.add("feed", {**DONE, "pass_number": 1})
+    assert "passes" not in run(capsys, "job", "feed")[1]
 
 
 def test_a_ready_job_without_auto_complete_is_done_and_names_the_command(
@@ -155,12 +167,55 @@ def test_sigint_detaches_and_says_how_to_watch_again(api: FakeApi, json_option: 
 def test_a_verb_takes_an_unambiguous_beginning(
     api: FakeApi, capsys: pytest.CaptureFixture[str], argv: list[str], path: str, body: object
 ) -> None:
-    api.add("abcd01", {"state": State.RUNNING})
+    api.add("abcd01", {"state": State.CONCLUDED})
     api.add("ffff02")
     code, out, err = run(capsys, *argv)
     assert api.received == [("POST", f"/v1/jobs/abcd01/{path}", body)]
     assert (code, err) == (0, "")
-    assert out == f"abcd01  {'dismissed' if path == 'dismiss' else 'running'}\n"
+    assert out == f"abcd01  {'dismissed' if path == 'dismiss' else 'concluded'}\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "states", "reached"),
+    [
+        ("pause", [State.RUNNING, State.RUNNING, State.PAUSED], "paused"),
+        ("pause", [State.READY, State.STANDBY], "standby"),
+        ("resume", [State.PAUSED, State.RUNNING], "running"),
+        ("complete", [State.READY, State.WAITING, State.PENDING, State.CONCLUDED], "concluded"),
+        ("cancel", [State.RUNNING, State.ABORTING, State.CONCLUDED], "concluded"),
+        ("finalize", [State.PENDING, State.CONCLUDED], "concluded"),
+    ],
+)
+def test_a_verb_shows_the_state_that_it_leads_to(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], verb: str, states: list[State], reached: str
+) -> None:
+    views = [{"state": state} for state in states]
+    api.add("abcd01", *views)
+    assert run(capsys, verb, "abc") == (0, f"abcd01  {reached}\n", "")
+    api.add("abcd01", *views)
+    _, out, _ = run(capsys, verb, "abc", "--json")
+    assert json.loads(out)["state"] == reached
+
+
+def test_complete_ends_with_a_job_that_does_not_finalize_by_itself(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = {"source": "/a", "target": "/b", "auto_finalize": False}
+    api.add("abcd01", {"state": State.READY, "spec": spec}, {"state": State.PENDING, "spec": spec})
+    assert run(capsys, "complete", "abc")[1] == "abcd01  pending\n"
+
+
+def test_a_state_that_does_not_follow_in_time_is_shown_with_what_was_asked_for(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flushpoint.cli.verbs.FOLLOW_S", 0.05)
+    api.add("abcd01", {"state": State.RUNNING})
+    assert run(capsys, "pause", "abc") == (0, "abcd01  running (pause asked for)\n", "")
+    refused = {"state": State.READY, "error": "the source still changes"}
+    api.add("abcd01", {**refused, "complete_requested": True}, refused)
+    code, out, err = run(capsys, "complete", "abc")
+    assert (code, out) == (0, "abcd01  ready\n")
+    assert err == "flushpoint: job abcd01 is ready, but was not completed: the source still changes\n"
 
 
 def test_an_ambiguous_beginning_is_a_usage_error(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +269,8 @@ def test_a_refusal_of_the_api_is_one_line_and_a_json_problem(
         (["mirror", "/a", "/b", "--sync", "sideways"], "sideways"),
         (["mirror", "/a", "/b", "--sync", "dirty"], "sync=dirty and bitmap=NAME go together"),
         (["mirror", "ftp://a", "/b"], "unknown scheme"),
+        (["mirror", "nbd://bob:s3cret@h/a", "/b"], "nbd://h has user info"),
+        (["mirror", "/a", "b.vmdk"], "not supported"),
         (["set-speed", "abc", "-"], "'-' is no size"),
         (["nonsense"], "nonsense"),
         (["jobs", "--nonsense"], "--nonsense"),
@@ -227,6 +284,8 @@ def test_usage_errors_are_one_line_and_code_2(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("flushpoint: ")
     assert says in err
+    assert "s3cret" not in err
+    assert api.received == []
 
 
 @UNCONNECTED_SOCKET_LEAKS
@@ -238,7 +297,7 @@ def test_an_api_that_is_away_is_code_4(capsys: pytest.CaptureFixture[str], monke
 
 
 def test_jobs_are_a_table_or_a_document(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
-    api.add("abcd01", {**DONE, "spec": {"source": "nbd://me:secret@h/a", "target": "/b"}})
+    api.add("abcd01", {**DONE, "spec": {"source": "nbd://h/a", "target": "/b"}})
     api.add("abcd02", {"state": State.RUNNING, "len": 100, "offset": 25, "plan_done": True, "rate": 1536.0})
     _, out, _ = run(capsys, "jobs")
     head, first, second = out.splitlines()
@@ -276,6 +335,36 @@ def test_events_are_a_line_each(api: FakeApi, capsys: pytest.CaptureFixture[str]
     _, out, _ = run(capsys, "events")
     assert out.splitlines()[0].endswith("abc  JOB_STATUS_CHANGE  status=running")
     assert out.splitlines()[1].endswith('abc  BLOCK_JOB_ERROR  error="no space left"')
+
+
+@pytest.mark.parametrize("no_color", ["1", ""], ids=["NO_COLOR", "unset"])
+def test_no_color_means_no_escape_codes_even_on_a_terminal(api: FakeApi, no_color: str) -> None:
+    """An empty variable counts as unset (no-color.org); then the bar shows that the test can see escape codes."""
+    api.add("feed", {"state": State.RUNNING, "len": 100, "offset": 25}, DONE)
+    environ = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm-256color"}
+    said = b""
+    for argv in (["mirror", "/a", "/b"], ["jobs"], ["--help"], ["nonsense"]):
+        said += on_a_terminal([sys.executable, "-P", "-m", "flushpoint", *argv], environ)
+    assert b"is done" in said
+    assert b"STATE" in said
+    assert (b"\x1b" in said) == (not no_color)
+
+
+def on_a_terminal(command: list[str], environ: dict[str, str]) -> bytes:
+    """What `command` writes to a terminal that is its standard output and error."""
+    ours, theirs = os.openpty()
+    try:
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ) as process:
+            os.close(theirs)
+            said = b""
+            # EIO tells that the last writer has closed the terminal (Linux, pty(7)).
+            with contextlib.suppress(OSError):
+                while chunk := os.read(ours, 4096):
+                    said += chunk
+            process.wait(20)
+        return said
+    finally:
+        os.close(ours)
 
 
 def test_version_and_help_are_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,8 +157,17 @@ def test_an_answer_of_a_proxy_is_an_error_too(face: Face, status: int, kind: typ
 
 
 def test_another_kind_of_server_is_told_from_an_api(face: Face) -> None:
-    with pytest.raises(FlushpointError, match="something else than a Flushpoint API"):
-        face.call(Script([httpx.Response(200, text="welcome")]), "job", "1f")
+    """A document with a `code` is not enough: other APIs have such too."""
+    foreign = [
+        httpx.Response(200, text="welcome"),
+        httpx.Response(404, text="<html>"),
+        httpx.Response(301, headers={"Location": "/login"}),
+        httpx.Response(404, json={"type": "about:blank", "code": "no_route"}),
+    ]
+    for answer in foreign:
+        with pytest.raises(UsageError, match=f"{ADDRESS} answers, but is no Flushpoint API") as caught:
+            face.call(Script([answer]), "job", "1f")
+        assert "$FLUSHPOINT_API" in caught.value.remedy
 
 
 def test_jobs_go_on_from_page_to_page(face: Face) -> None:

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from coordinator.model.errors import Side, UsageError
-from coordinator.model.job import ErrorPolicy, IoStatus, JobRecord, JobSpec, parse_bytes
+from coordinator.model.job import ErrorPolicy, IoStatus, JobRecord, JobSpec, State, parse_bytes
 from coordinator.model.policy import Action, act_on_error, io_status_after, policy_of, status_field
 from coordinator.model.progress import eta_of, rate_of
 from coordinator.model.uri import DiskUri, absolute, parse
@@ -21,7 +21,11 @@ from coordinator.model.uri import DiskUri, absolute, parse
         ("/d/a.qcow2?format=raw", DiskUri("file", "/d/a.qcow2", "raw")),
         ("/d/a?b.img", DiskUri("file", "/d/a?b.img", "raw")),
         ("file:///d/a%20b.img?format=qcow2", DiskUri("file", "/d/a b.img", "qcow2")),
+        ("/d/A.QCOW2", DiskUri("file", "/d/A.QCOW2", "qcow2")),
+        ("/d/a.vmdk?format=raw", DiskUri("file", "/d/a.vmdk", "raw")),
         ("nbd://h:1/e", DiskUri("nbd", nbd_uri="nbd://h:1/e")),
+        ("nbd://[fe80::1%25eth0]/a@b", DiskUri("nbd", nbd_uri="nbd://[fe80::1%25eth0]/a@b")),
+        ("nbds://h/e?tls-hostname=x", DiskUri("nbd", nbd_uri="nbds://h/e?tls-hostname=x")),
         ("nbd+unix:///e?socket=/s", DiskUri("nbd", nbd_uri="nbd+unix:///e?socket=/s")),
     ],
 )
@@ -30,12 +34,71 @@ def test_a_disk_is_what_its_name_says(text: str, expected: DiskUri) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a.img", "s3://b/p", "file://host/a", "file:///", "/a?format=vmdk", "file:///a?format=raw&x=1"]
+    "text",
+    [
+        "a.img",
+        "s3://b/p",
+        "file://host/a",
+        "file:///",
+        "file:///a#b",
+        "/a?format=vmdk",
+        "file:///a?format=raw&x=1",
+        "nbd:///e",
+        "nbd:h:10809",
+        "nbd://h:0/e",
+        "nbd://h:65536/e",
+        "nbd://h/e#f",
+        "nbd://h/e?socket=/s",
+        "nbds://h/e?tls-hostname=a&tls-hostname=b",
+        "nbd+unix:///e",
+        "nbd+unix:///e?socket=",
+        "nbd+unix://h/e?socket=/s",
+    ],
 )
 def test_a_name_that_says_nothing_is_refused_with_a_remedy(text: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse(text)
     assert refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nbd://bob:s3cret@host/disk",
+        "nbds://s3cret@host:1/disk",
+        "nbd+unix://bob:s3cret@/disk?socket=/s",
+        "nbd://bob:s3cret",
+        "nbd://bob:s3cret/with-a-slash@host/disk",
+        "nbd://bob%3As3cret%40host/disk",
+        "nbd://bob:s3cret@[host/disk",
+        "nbd://bob:s3cret@ho\u2100st/disk",
+        "nbd://host/disk?password=s3cret",
+        "nbd://host/disk?s3cret",
+        "nbd://host/disk#s3cret",
+        "nbd:bob:s3cret@host",
+        " nbd://bob:s3cret@host/disk",
+        "bob:s3cret@host/disk",
+        "s3cret@host/disk",
+        "file://bob:s3cret@localhost/disk",
+        "s3://bob:s3cret@bucket/disk",
+    ],
+)
+def test_a_secret_in_a_name_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(text)
+    assert "s3cret" not in str(refused.value)
+    assert refused.value.remedy
+    # The cause of an error is in its traceback, and urllib's messages repeat what they could not read.
+    assert refused.value.__suppress_context__ or refused.value.__context__ is None
+
+
+@pytest.mark.parametrize("ending", ["vmdk", "vdi", "vhd", "vhdx", "qed", "VMDK", "VhdX"])
+def test_containers_of_other_formats_are_not_copied_as_raw_by_mistake(ending: str) -> None:
+    for text in (f"/d/a.{ending}", f"file:///d/a.{ending}", f"/d/a.{ending}?format="):
+        with pytest.raises(UsageError, match="not supported") as refused:
+            parse(text)
+        assert "?format=raw" in refused.value.remedy
+    assert parse(f"/d/a.{ending}?format=raw").format == "raw"
 
 
 def test_relative_paths_belong_to_the_one_who_typed_them() -> None:
@@ -88,6 +151,7 @@ def test_eta_counts_what_is_not_planned_yet() -> None:
     job = JobRecord(
         id="j",
         spec=JobSpec(source="/s", target="/t"),
+        state=State.RUNNING,
         started_at=100,
         disk_size=1000,
         plan_cursor=500,
@@ -98,3 +162,22 @@ def test_eta_counts_what_is_not_planned_yet() -> None:
     assert eta_of(job, 110) == 90
     assert eta_of(job.model_copy(update={"plan_cursor": 1000, "plan_done": True}), 110) == 40
     assert eta_of(job.model_copy(update={"started_at": 0}), 110) is None
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_rest_has_no_rate_and_only_what_goes_on_has_an_eta(state: State) -> None:
+    job = JobRecord(
+        id="j",
+        spec=JobSpec(source="/s", target="/t"),
+        state=state,
+        started_at=100,
+        concluded_at=120 if state is State.CONCLUDED else 0,
+        disk_size=1000,
+        plan_cursor=1000,
+        plan_done=True,
+        len=500,
+        offset=100,
+    )
+    rates = {State.PAUSED: 0, State.STANDBY: 0, State.CONCLUDED: 5}
+    assert rate_of(job, 110) == rates.get(state, 10)
+    assert (eta_of(job, 110) is not None) == (state in (State.RUNNING, State.READY, State.WAITING))

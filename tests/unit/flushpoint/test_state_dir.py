@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.model.errors import RefusedError, UsageError
+from coordinator.model.errors import RefusedError, UnavailableError, UsageError
 from flushpoint import embedded, supervisor
 from flushpoint.embedded import StateDir, locked, state_dir, supervisor_pid
 
@@ -62,6 +62,18 @@ def test_a_supervisor_is_known_by_its_lock_not_by_its_file(tmp_path: Path) -> No
         os.pwrite(lock, b"4711\n", 0)
         assert supervisor_pid(state) == 4711
     assert supervisor_pid(state) is None
+
+
+def test_a_supervisor_that_cannot_be_started_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUSHPOINT_STATE_DIR", str(tmp_path / "s"))
+    state = state_dir()
+    state.prepare()
+    state.log.mkdir()  # cannot be opened for writing, not even by root
+    with pytest.raises(UnavailableError, match="cannot start the embedded stack") as caught:
+        embedded.ensure_running(timeout_s=5)
+    assert str(state.log) in caught.value.remedy
 
 
 def test_a_lock_is_held_once(tmp_path: Path) -> None:
