@@ -129,6 +129,7 @@ class Stack:
         wait_until(lambda: accepts(self.redis_socket), "Valkey")
 
     def start_coordinator(self) -> None:
+        self.api_socket.unlink(missing_ok=True)  # or a frozen one would be asked whether the new one leads
         self._spawn("coordinator", [sys.executable, "-P", "-m", "coordinator"])
         wait_until(self.leads, "the API")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,11 +67,15 @@ class Access:
         """
         resolved = os.path.realpath(path)
         self._check_resolved(path, resolved)
-        if must_exist and not Path(resolved).exists():
+        if must_exist and not _looks(path, Path(resolved).exists):
             raise NotFoundError(f"{path} does not exist", "check the path on the worker's host")
-        if not Path(resolved).parent.is_dir():
+        if not _looks(path, Path(resolved).parent.is_dir):
             raise NotFoundError(f"the directory of {path} does not exist", "make it on the worker's host")
         return resolved
+
+    def exists(self, path: str) -> bool:
+        """Whether there is something at an allowed path. Errors as of `check_path`."""
+        return _looks(path, Path(self.check_path(path, must_exist=False)).exists)
 
     def check_open_file(self, fd: int, path: str) -> None:
         """The same rule for what was opened: a directory may have become a link after check_path."""
@@ -143,6 +147,17 @@ def _unwrapped(address: Address) -> Address:
         if address in _NAT64:
             return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address
+
+
+def _looks(path: str, look: Callable[[], bool]) -> bool:
+    """Ask the file system about a path; what it will not tell is an error that names the path."""
+    try:
+        return look()
+    except OSError as error:
+        raise RefusedError(
+            f"{path} cannot be looked up: {error.strerror}",
+            "correct the path, or let the worker's user search its directories",
+        ) from error
 
 
 def _rule(entry: str) -> _Rule:

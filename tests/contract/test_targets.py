@@ -40,7 +40,7 @@ from tests.contract.disks import (
 )
 from workers.access import Access
 from workers.sources import open_source
-from workers.targets import Target, existing_target_identity, existing_target_size, open_target
+from workers.targets import Target, existing_target, existing_target_size, open_target
 
 KINDS = [
     raw_file,
@@ -152,7 +152,9 @@ class TestEveryTarget:
         assert all(found[o : o + 8] == o.to_bytes(8, "big") for o in offsets)
 
     def test_is_the_same_disk_as_a_source_of_the_same_name(self, disk: Disk, target: Target, access: Access) -> None:
-        assert existing_target_identity(disk.uri, access) == target.identity()
+        there = existing_target(disk.uri, access)
+        assert there is not None
+        assert there.identity == target.identity()
         target.close()
         source = open_source(disk.uri, Sync.FULL, None, access)
         assert source.identity() == target.identity()
@@ -212,7 +214,7 @@ class TestMadeReady:
     def test_an_absent_file_is_made_and_holds_nothing(self, name: str, tmp_path: Path, access: Access) -> None:
         uri = parse(str(tmp_path / name))
         assert existing_target_size(uri, access) is None
-        assert existing_target_identity(uri, access) is None
+        assert existing_target(uri, access) is None
         make(uri, ODD_SIZE, access)
         rounded = len(padded(bytes(ODD_SIZE))) if name.endswith("qcow2") else ODD_SIZE
         assert existing_target_size(uri, access) == rounded
@@ -224,9 +226,9 @@ class TestMadeReady:
     def test_what_was_just_made_may_be_made_again(self, name: str, tmp_path: Path, access: Access) -> None:
         uri = parse(str(tmp_path / name))
         make(uri, ODD_SIZE, access)
-        identity = existing_target_identity(uri, access)
+        identity = existing_target(uri, access)
         make(uri, ODD_SIZE, access)
-        assert existing_target_identity(uri, access) == identity
+        assert existing_target(uri, access) == identity
 
     @pytest.mark.parametrize("name", ["old.img", pytest.param("old.qcow2", marks=needs_qemu)])
     def test_data_is_lost_only_when_told_so(self, name: str, tmp_path: Path, access: Access) -> None:
@@ -299,6 +301,8 @@ class TestNoSpace:
                 with pytest.raises(DiskIOError) as caught:
                     target.write(0, data)
                 assert caught.value.errno == errno.ENOSPC
+                assert f"{mounted}/{name}" in caught.value.message
+                assert "make room" in caught.value.remedy
                 ballast.unlink()
                 target.write(0, data)
                 target.flush()

@@ -16,8 +16,9 @@ from coordinator.model.units import Claim, PlannedUnit, UnitKind, plan_units
 from coordinator.model.uri import parse
 from workers.mover.disks import Disks, opening
 from workers.mover.lease import Lease, LeaseLostError
-from workers.sources.contract import Identity, Source
-from workers.targets import existing_target_identity
+from workers.sources.contract import Source
+from workers.sources.identity import Identity, name_in_fleet
+from workers.targets import existing_target
 
 UNITS_A_BATCH = 16
 """Units added in one step: bounds the size of a script's arguments, lets movers start early."""
@@ -91,8 +92,8 @@ class Planner:
     def _check_target(self, job: JobRecord, claim: Claim, source: Source) -> None:
         spec = job.spec
         uri = parse(spec.target)
-        there = existing_target_identity(uri, self.disks.access)
-        if there is not None and there in source.reads_from():
+        there = existing_target(uri, self.disks.access)
+        if there is not None and there.is_read_by(source):
             raise RefusedError(
                 f"the target {spec.target} is the source {spec.source}, or a file it is read from",
                 "name another target",
@@ -103,11 +104,11 @@ class Planner:
                 "make a full copy first",
             )
         # By what it is, or by the name that it will be made under: two jobs must not make one file either.
-        self._reserve(job, claim, there or ("path", os.path.realpath(uri.path)))
+        self._reserve(job, claim, there.identity if there else ("path", os.path.realpath(uri.path)))
 
     def _reserve(self, job: JobRecord, claim: Claim, target: Identity) -> None:
-        """No two active jobs write one target. Files, devices and sockets are those of this host."""
-        name = " ".join((socket.gethostname(), *map(str, target)))
+        """No two active jobs write one target."""
+        name = name_in_fleet(target, socket.gethostname())
         owner = self.ledger.reserve(job.id, claim.unit_id, claim.token, name)
         if owner is None:
             raise LeaseLostError(f"the plan of job {job.id} was taken over")

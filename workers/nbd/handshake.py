@@ -39,6 +39,10 @@ class Negotiated:
     opened: Opened
 
 
+GREETING_TIMEOUT_S = 10.0
+"""An NBD server speaks first, and at once: what stays silent is another server, or one that is full."""
+
+
 def negotiate(endpoint: Endpoint, contexts: Sequence[str], timeout_s: float, *, structured: bool) -> Negotiated:
     """Open `endpoint`'s export. Errors as in `connection.connect`; the socket is closed on any of them."""
     with _haggling(endpoint, timeout_s) as haggle:
@@ -63,7 +67,13 @@ def _haggling(endpoint: Endpoint, timeout_s: float) -> Iterator[_Haggle]:
     """A greeted server, under TLS if the endpoint asks for it; what goes wrong is said in our own errors."""
     haggle = _Haggle(endpoint, _connected(endpoint, timeout_s))
     try:
-        haggle.greet()
+        try:
+            haggle.greet(min(timeout_s, GREETING_TIMEOUT_S))
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"{endpoint} accepted the connection but sent no NBD greeting",
+                "Check that it is an NBD server, and that it lets several clients in (qemu-nbd: --shared=0)",
+            ) from error
         if endpoint.tls is not None:
             haggle.start_tls()
         yield haggle
@@ -75,7 +85,7 @@ def _haggling(endpoint: Endpoint, timeout_s: float) -> Iterator[_Haggle]:
             "Check tls-certificates and tls-hostname against the server's certificate",
         ) from error
     except TimeoutError as error:
-        raise UnavailableError(f"{endpoint} did not answer within {timeout_s:g} s") from error
+        raise UnavailableError(f"{endpoint} did not answer within {timeout_s:g} s", "Look at the server") from error
     except OSError as error:
         raise UnavailableError(f"{endpoint} broke off while connecting: {error.strerror or error}") from error
     finally:
@@ -149,13 +159,17 @@ class _Haggle:
             self._sock.close()
             self._sock = None
 
-    def greet(self) -> None:
+    def greet(self, timeout_s: float) -> None:
+        """TimeoutError if the server, which is to speak first, does not."""
+        patience_s = self._live.gettimeout()
+        self._live.settimeout(timeout_s)
         try:
             offered = wire.parse_greeting(self._receive(wire.GREETING.size))
         except ProtocolError as error:
             raise RefusedError(
                 f"{self._endpoint} cannot be used: {error.message}", "Check the host, the port and the server"
             ) from error
+        self._live.settimeout(patience_s)
         flags = wire.HandshakeFlag.FIXED_NEWSTYLE | (offered & wire.HandshakeFlag.NO_ZEROES)
         self._live.sendall(wire.CLIENT_FLAGS.pack(flags))
 

@@ -144,11 +144,22 @@ def _backing_of(path: str, info: dict[str, Any], access: Access) -> tuple[str | 
         )
     if ":" in name.split("/", 1)[0]:  # QEMU takes what is before it for a protocol: json:, nbd:, file:
         raise RefusedError(f"the backing file of {path} is no plain path: {name!r}", "copy through an NBD export")
-    resolved = access.check_path(str(Path(path).parent / name), must_exist=True)
+    try:
+        resolved = access.check_path(str(Path(path).parent / name), must_exist=True)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{path} needs its backing file {name!r}, which does not exist",
+            "restore it, or repair with qemu-img rebase",
+        ) from error
     if kind == "qcow2":
         return resolved, None
-    with Path(resolved).open("rb") as file:
-        return None, Image(resolved, "raw", file.seek(0, os.SEEK_END))
+    try:
+        with Path(resolved).open("rb") as file:
+            return None, Image(resolved, "raw", file.seek(0, os.SEEK_END))
+    except OSError as error:
+        raise RefusedError(
+            f"{resolved}, the backing file of {path}, cannot be read: {error.strerror}", "give the worker's user access"
+        ) from error
 
 
 def _qemu_img(*arguments: str) -> str:
@@ -187,4 +198,8 @@ def refusal(stderr: str, command: list[str]) -> FlushpointError:
         return ImageInUseError(message, "stop the process that has the image open, or name its NBD export")
     if "not in qcow2 format" in message:
         return RefusedError(message, "add ?format=raw if it is a raw disk")
-    return RefusedError(message, "the message is from QEMU")
+    if "Permission denied" in message:
+        return RefusedError(message, "give the worker's user access to the file and its directory")
+    if "Read-only file system" in message:
+        return RefusedError(message, "name a file on a file system that can be written")
+    return RefusedError(message, "look at it with qemu-img info on the worker's host")

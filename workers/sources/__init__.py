@@ -8,7 +8,8 @@ from coordinator.model.uri import DiskUri
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.nbd.session import DEFAULT_LIMITS, SessionLimits
-from workers.sources.contract import Identity, Source
+from workers.sources.contract import Source
+from workers.sources.identity import Identity
 from workers.sources.nbd import NbdSource
 from workers.sources.qcow2 import Qcow2Source
 from workers.sources.raw import RawSource

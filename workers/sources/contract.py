@@ -7,9 +7,7 @@ from typing import Protocol
 
 from coordinator.model.extent import Extent
 from workers.nbd.endpoint import Endpoint
-
-Identity = tuple[str | int, ...]
-"""Two disks of one identity are one disk: ("inode", dev, ino), ("blockdev", rdev) or ("nbd", address, port, export)."""
+from workers.sources.identity import Identity
 
 
 class Source(Protocol):
@@ -44,7 +42,7 @@ class Source(Protocol):
         """Which disk this is, whatever it was called."""
 
     def reads_from(self) -> frozenset[Identity]:
-        """`identity()` and everything under it, such as backing files: none of them may be the target."""
+        """`identity()` and everything under it, such as backing files: none of it may be, or lie under, the target."""
 
     def stamp(self) -> str:
         """Another string than before when somebody has written the files that this disk is read from; "" for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from coordinator.model.errors import DiskIOError, NotFoundError, UnavailableError
@@ -12,7 +11,7 @@ from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.nbd.session import Session, SessionLimits
 from workers.sources.blockstatus import ALLOCATION, allocation, selected, selected_with_zeroes, selecting_context
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity, beneath_export, identity_of_export
 
 
 class NbdSource:
@@ -26,7 +25,7 @@ class NbdSource:
         self._selector = selecting_context(sync, bitmap)
         wanted = (ALLOCATION,) if self._selector is None else (ALLOCATION, self._selector)
         self._session, self._endpoint = open_session(candidates, limits, wanted)
-        self._identity = endpoint_identity(self._endpoint)
+        self._identity = identity_of_export(self._endpoint)
         try:
             self._check_selector(bitmap)
         except BaseException:
@@ -49,7 +48,7 @@ class NbdSource:
         return self._identity
 
     def reads_from(self) -> frozenset[Identity]:
-        return frozenset({self._identity})
+        return beneath_export(self._endpoint) | {self._identity}
 
     def fileno(self) -> int | None:
         return None
@@ -98,11 +97,3 @@ def open_session(
 
 def _open_session(endpoint: Endpoint, limits: SessionLimits, contexts: tuple[str, ...]) -> Session:
     return Session.open(endpoint, limits.connections, contexts=contexts, timeout_s=limits.timeout_s)
-
-
-def endpoint_identity(endpoint: Endpoint) -> Identity:
-    """One server by whatever name; the socket's inode where there is one."""
-    if endpoint.socket_path is not None:
-        status = os.stat(endpoint.socket_path)  # noqa: PTH116 - two numbers, no path wanted
-        return ("nbd", f"{status.st_dev}:{status.st_ino}", 0, endpoint.export)
-    return ("nbd", endpoint.host or "", endpoint.port, endpoint.export)

@@ -13,7 +13,7 @@ from workers.nbd.session import SessionLimits
 from workers.qemu import locks
 from workers.qemu.image import Image, bitmap_for_reading, inspect
 from workers.qemu.server import QemuNbd
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity
 from workers.sources.nbd import NbdSource
 from workers.sources.rawdisk import RawDisk
 

@@ -9,7 +9,7 @@ from coordinator.model.extent import Extent, merge_adjacent
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.qemu import locks
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity
 from workers.sources.rawdisk import RawDisk
 
 
@@ -34,7 +34,7 @@ class RawSource:
         return self._disk.identity()
 
     def reads_from(self) -> frozenset[Identity]:
-        return frozenset({self.identity()})
+        return self._disk.lies_on()
 
     def stamp(self) -> str:
         return self._disk.stamp()

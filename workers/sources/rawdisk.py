@@ -13,7 +13,7 @@ from typing import Self
 from coordinator.model.errors import DiskIOError, Next, NotFoundError, RefusedError
 from coordinator.model.extent import Extent, Status
 from workers.access import Access
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity, beneath_device, identity_of_file
 
 _BLKROGET = 0x125E  # <linux/fs.h>: 1 for a read-only device, int
 _BLKSSZGET = 0x1268  # <linux/fs.h>: logical sector size, int
@@ -117,9 +117,12 @@ class RawDisk:
             ) from error
 
     def identity(self) -> Identity:
-        if self.is_device:
-            return ("blockdev", self._status.st_rdev)
-        return ("inode", self._status.st_dev, self._status.st_ino)
+        return identity_of_file(self._status)
+
+    def lies_on(self) -> frozenset[Identity]:
+        """`identity()`, and the file behind a loop device."""
+        beneath = beneath_device(self._status.st_rdev) if self.is_device else frozenset()
+        return beneath | {self.identity()}
 
     def stamp(self) -> str:
         """Size and time of the last write to a file, as they are now; "" for a device."""

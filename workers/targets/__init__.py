@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import dataclass
 
 from coordinator.model.job import Sync
 from coordinator.model.uri import DiskUri
@@ -11,7 +11,8 @@ from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.nbd.session import DEFAULT_LIMITS, SessionLimits
 from workers.qemu.image import inspect
-from workers.sources.contract import Identity
+from workers.sources.contract import Source
+from workers.sources.identity import Identity
 from workers.sources.nbd import NbdSource
 from workers.sources.rawdisk import RawDisk
 from workers.targets.aligned import AlignedTarget
@@ -21,7 +22,7 @@ from workers.targets.prepare import Wish, check_size, prepare_qcow2, prepare_raw
 from workers.targets.qcow2 import Qcow2Target
 from workers.targets.raw import RawTarget
 
-__all__ = ["Identity", "Target", "existing_target_identity", "existing_target_size", "open_target"]
+__all__ = ["ExistingTarget", "Identity", "Target", "existing_target", "existing_target_size", "open_target"]
 
 
 def open_target(
@@ -37,7 +38,7 @@ def open_target(
 
     `create` makes or resizes a file first (see prepare.py) and is for the plan unit; without it the target
     must exist. `keep`: the target holds an older copy that is updated. RefusedError or NotFoundError leaves
-    everything as it was. Ask `existing_target_identity` before: this may destroy what the source reads.
+    everything as it was. Ask `existing_target` before: this may destroy what the source reads.
     """
     if uri.kind == "file" and create:
         prepare = prepare_qcow2 if uri.format == "qcow2" else prepare_raw
@@ -57,27 +58,47 @@ def existing_target_size(uri: DiskUri, access: Access) -> int | None:
         export = _read_export(uri, access)
         export.close()
         return export.size
-    resolved = Path(access.check_path(uri.path, must_exist=False))
-    if not resolved.exists():
+    if not access.exists(uri.path):
         return None
+    resolved = access.check_path(uri.path, must_exist=True)
     disk = RawDisk.open(uri.path, os.O_RDONLY, access)
     disk.close()
     if uri.format == "qcow2" and disk.size > 0:
-        return inspect(str(resolved), access).virtual_size
+        return inspect(resolved, access).virtual_size
     return disk.size
 
 
-def existing_target_identity(uri: DiskUri, access: Access) -> Identity | None:
-    """Which disk is at `uri`, None for a file that does not exist. Changes nothing."""
+@dataclass(frozen=True, slots=True)
+class ExistingTarget:
+    """What is there before anything is touched. `lies_on` is what a source must not be read from."""
+
+    identity: Identity
+    lies_on: frozenset[Identity]
+
+    def is_read_by(self, source: Source) -> bool:
+        """Whether writing this target would change `source`.
+
+        Of two exports only the exports are compared: one server may well serve both, with all their files open.
+        """
+        if self.identity[0] == "nbd" and source.identity()[0] == "nbd":
+            return self.identity == source.identity()
+        return not self.lies_on.isdisjoint(source.reads_from())
+
+
+def existing_target(uri: DiskUri, access: Access) -> ExistingTarget | None:
+    """The disk at `uri`, None for a file that does not exist. Changes nothing."""
     if uri.kind == "nbd":
         export = _read_export(uri, access)
+        there = ExistingTarget(
+            export.identity(), export.reads_from()
+        )  # while open: a server may hold files for us alone
         export.close()
-        return export.identity()
-    if not Path(access.check_path(uri.path, must_exist=False)).exists():
+        return there
+    if not access.exists(uri.path):
         return None
     disk = RawDisk.open(uri.path, os.O_RDONLY, access)
     disk.close()
-    return disk.identity()
+    return ExistingTarget(disk.identity(), disk.lies_on())
 
 
 def _open(uri: DiskUri, access: Access, limits: SessionLimits) -> Target:

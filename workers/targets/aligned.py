@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from coordinator.model.extent import Extent, Status
 from workers.nbd.endpoint import Endpoint
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity
 from workers.targets.contract import Target
 
 

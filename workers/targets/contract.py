@@ -7,7 +7,7 @@ from typing import Protocol
 
 from coordinator.model.extent import Extent
 from workers.nbd.endpoint import Endpoint
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity
 
 
 class Target(Protocol):

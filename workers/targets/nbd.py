@@ -11,8 +11,8 @@ from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.nbd.session import SessionLimits
 from workers.sources.blockstatus import ALLOCATION, allocation
-from workers.sources.contract import Identity
-from workers.sources.nbd import endpoint_identity, open_session
+from workers.sources.identity import Identity, identity_of_export
+from workers.sources.nbd import open_session
 from workers.targets.zeroes import write_zero_bytes
 
 
@@ -25,7 +25,7 @@ class NbdTarget:
         """`access` is None for a server that we started ourselves. RefusedError for a read-only export."""
         candidates = access.check_endpoint(endpoint) if access is not None else (endpoint,)
         self._session, self._endpoint = open_session(candidates, limits, contexts=(ALLOCATION,))
-        self._identity = endpoint_identity(self._endpoint)
+        self._identity = identity_of_export(self._endpoint)
         if self._session.read_only:
             self._session.close()
             raise RefusedError(f"the export {endpoint} is read-only", "export it writable, or name another target")

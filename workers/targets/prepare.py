@@ -2,7 +2,7 @@
 
 ============================  =====================================================================
 absent file                   made with the size asked for
-file that holds nothing       empty, or a hole from end to end: resized (qcow2: made anew)
+file that holds nothing       empty, or a hole of the size asked for: used (qcow2: made anew)
 file that holds data          refused; with `overwrite` resized (qcow2: made anew); with `keep` used as
                               it is, and refused if its size differs
 device, NBD export            used as it is, and refused if smaller than the source
@@ -11,6 +11,7 @@ device, NBD export            used as it is, and refused if smaller than the sou
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def qcow2_size(size: int) -> int:
 
 def prepare_raw(path: str, size: int, access: Access, wish: Wish) -> None:
     """RefusedError leaves everything as it was."""
-    if not Path(access.check_path(path, must_exist=False)).exists():
+    if not access.exists(path):
         _make_raw(path, size, access)
         return
     disk = RawDisk.open(path, os.O_RDWR, access)
@@ -65,6 +66,11 @@ def prepare_raw(path: str, size: int, access: Access, wish: Wish) -> None:
             return
         if not wish.overwrite and not _is_hole(disk):
             raise _holds_data(path)
+        if not wish.overwrite and disk.size not in (0, size):
+            raise RefusedError(
+                f"{path} exists and has {disk.size} bytes, not the {size} bytes of the source",
+                "give --overwrite to cut it to size, or name another target",
+            )
         if disk.size != size:
             _resize(disk, size)
     finally:
@@ -74,7 +80,7 @@ def prepare_raw(path: str, size: int, access: Access, wish: Wish) -> None:
 def prepare_qcow2(path: str, size: int, access: Access, wish: Wish) -> None:
     """RefusedError leaves everything as it was."""
     resolved = Path(access.check_path(path, must_exist=False))
-    if resolved.exists():
+    if access.exists(path):
         disk = RawDisk.open(path, os.O_RDWR, access)
         empty = disk.size == 0
         disk.close()
@@ -90,7 +96,8 @@ def prepare_qcow2(path: str, size: int, access: Access, wish: Wish) -> None:
     try:
         create_qcow2(str(resolved), size)
     except BaseException:
-        resolved.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing was made where nothing can be removed
+            resolved.unlink()
         raise
     _sync_directory(resolved)
 
@@ -119,7 +126,8 @@ def _make_raw(path: str, size: int, access: Access) -> None:
     try:
         _resize(disk, size)
     except BaseException:
-        Path(access.check_path(path, must_exist=True)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(access.check_path(path, must_exist=True)).unlink()
         raise
     finally:
         disk.close()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
+from collections.abc import Iterator
 
-from coordinator.model.errors import FlushpointError
+from coordinator.model.errors import DiskIOError, FlushpointError
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.nbd.session import SessionLimits
 from workers.qemu import locks
 from workers.qemu.image import Image, ImageInUseError, inspect
 from workers.qemu.server import QemuNbd
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity
 from workers.sources.rawdisk import RawDisk
 from workers.targets.nbd import NbdTarget
 
@@ -30,6 +33,7 @@ class Qcow2Target(NbdTarget):
 
     def __init__(self, path: str, access: Access, limits: SessionLimits) -> None:
         """Waits up to LOCK_TIMEOUT_S for the last holder, then ImageInUseError."""
+        self._path = path
         disk = RawDisk.open(path, os.O_RDWR, access)
         try:
             image = inspect(access.check_path(path, must_exist=True), access)
@@ -49,9 +53,37 @@ class Qcow2Target(NbdTarget):
     def identity(self) -> Identity:
         return self._image_identity
 
+    def write(self, offset: int, data: memoryview) -> None:
+        with self._named():
+            super().write(offset, data)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        with self._named():
+            super().write_zeroes(offset, length)
+
+    def flush(self) -> None:
+        with self._named():
+            super().flush()
+
     def close(self) -> None:
         super().close()
         self._server.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors name the image, and not the private socket it is written through."""
+        try:
+            yield
+        except DiskIOError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise DiskIOError(
+                error.message.replace(self._server.uri, self._path),
+                errno_=error.errno,
+                offset=error.offset,
+                length=error.length,
+                next_=error.next,
+                remedy="make room for it" if full else error.remedy,
+            ) from error
 
     def _serve(self, image: Image, limits: SessionLimits) -> None:
         self._server = QemuNbd(image.node(), _OPTIONS)

@@ -12,7 +12,7 @@ from coordinator.model.errors import DiskIOError, Next
 from coordinator.model.extent import Extent, merge_adjacent
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
-from workers.sources.contract import Identity
+from workers.sources.identity import Identity
 from workers.sources.rawdisk import RawDisk
 from workers.targets.zeroes import write_zero_bytes
 

@@ -43,6 +43,12 @@ def refuse(kind: OptionReplyKind) -> Callable[[Peer], None]:
     return play
 
 
+def greet_and_fall_silent(peer: Peer) -> None:
+    greet(peer)
+    while True:  # until the client gives up
+        peer.receive(1)
+
+
 @pytest.mark.parametrize(
     ("play", "error", "message"),
     [
@@ -53,7 +59,8 @@ def refuse(kind: OptionReplyKind) -> Callable[[Peer], None]:
             "old-style",
         ),
         (lambda peer: None, UnavailableError, "closed the connection"),
-        (lambda peer: peer.receive(1), UnavailableError, "did not answer within"),
+        (lambda peer: peer.receive(1), UnavailableError, "sent no NBD greeting.*--shared=0"),
+        (greet_and_fall_silent, UnavailableError, "did not answer within"),
         (refuse(OptionReplyKind.ERR_UNKNOWN), NotFoundError, "no export 'disk'.*It has 'vda', 'vdb'"),
         (refuse(OptionReplyKind.ERR_TLS_REQD), RefusedError, "nbds://"),
         (refuse(OptionReplyKind.ERR_SHUTDOWN), UnavailableError, "shutting down"),

@@ -58,6 +58,12 @@ class TestPaths:
         with pytest.raises(NotFoundError):
             access.check_path(f"{root}/new", must_exist=True)
 
+    def test_what_cannot_be_looked_up_is_refused_by_its_name(self, root: Path) -> None:
+        path = f"{root}/{'n' * 300}"
+        with pytest.raises(RefusedError, match="cannot be looked up: File name too long") as caught:
+            Access([str(root)], []).exists(path)
+        assert path in caught.value.message
+
     def test_a_dangling_link_out_of_the_roots_is_refused(self, root: Path) -> None:
         (root / "link").symlink_to("../not-yet")
         with pytest.raises(RefusedError, match="allowed roots"):

@@ -138,6 +138,17 @@ class TestBadInputs:
         assert "without a format" in refused(access, path).message
 
     @needs_qemu
+    def test_a_backing_file_that_is_gone_is_named(self, tmp_path: Path, access: Access) -> None:
+        base = make_raw(tmp_path / "base.raw", b"x" * MIB)
+        path = tmp_path / "top.qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base), str(path))
+        base.unlink()
+        error = refused(access, path)
+        assert isinstance(error, NotFoundError)
+        assert str(path) in error.message
+        assert str(base) in error.message
+
+    @needs_qemu
     def test_a_backing_chain_that_comes_back_to_itself_is_refused(self, tmp_path: Path, access: Access) -> None:
         path = tmp_path / "ring.qcow2"
         run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", path.name, str(path), "1M")

@@ -101,3 +101,11 @@ class TestRefused:
     def test_a_target_in_a_directory_that_is_not_there(self, tmp_path: Path, access: Access) -> None:
         with pytest.raises(NotFoundError, match="directory"):
             make(parse(f"{tmp_path}/none/new.img"), MIB, access)
+
+    def test_an_empty_file_of_another_size_is_cut_only_if_told_to(self, tmp_path: Path, access: Access) -> None:
+        path = make_raw(tmp_path / "sparse.img", bytes(2 * MIB))
+        with pytest.raises(RefusedError, match="--overwrite"):
+            make(parse(str(path)), MIB, access)
+        assert path.stat().st_size == 2 * MIB
+        make(parse(str(path)), MIB, access, overwrite=True)
+        assert path.stat().st_size == MIB
