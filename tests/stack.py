@@ -129,7 +129,9 @@ class Stack:
         wait_until(lambda: accepts(self.redis_socket), "Valkey")
 
     def start_coordinator(self) -> None:
-        self.api_socket.unlink(missing_ok=True)  # or a frozen one would be asked whether the new one leads
+        self.api_socket.unlink(missing_ok=True)
+        self.client.close()  # or a frozen one, kept alive, would be asked whether the new one leads
+        self.client = Client(f"unix://{self.api_socket}")
         self._spawn("coordinator", [sys.executable, "-P", "-m", "coordinator"])
         wait_until(self.leads, "the API")
 

@@ -8,7 +8,8 @@ import pytest
 
 from coordinator.model.job import Sync
 from coordinator.model.uri import DiskUri, parse
-from tests.contract.disks import MIB, access_to, loop_device, make_raw, nbd_uri, serving
+from tests.contract.disks import MIB, access_to, loop_device, make_raw
+from tests.stack import Nbdkit
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.sources import open_source
@@ -43,13 +44,14 @@ def test_a_loop_device_is_the_file_behind_it(tmp_path: Path, access: Access) -> 
 
 @pytest.mark.needs("nbdkit")
 def test_an_export_is_the_file_its_server_has_open(tmp_path: Path, access: Access) -> None:
-    """nbdkit takes no locks, unlike QEMU."""
+    """As seen through its socket. nbdkit takes no locks, unlike QEMU."""
     image = make_raw(tmp_path / "disk.img", b"x" * MIB)
     other = make_raw(tmp_path / "other.img", b"x" * MIB)
-    with serving(tmp_path / "s", "nbdkit", "-f", "file", str(image)):
-        assert target_is_source(nbd_uri(tmp_path / "s"), parse(str(image)), access)
-        assert target_is_source(parse(str(image)), nbd_uri(tmp_path / "s"), access)
-        assert not target_is_source(nbd_uri(tmp_path / "s"), parse(str(other)), access)
+    with Nbdkit(image, "file", str(image)) as server:
+        export = parse(server.uri)
+        assert target_is_source(export, parse(str(image)), access)
+        assert target_is_source(parse(str(image)), export, access)
+        assert not target_is_source(export, parse(str(other)), access)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"])
