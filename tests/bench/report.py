@@ -59,6 +59,11 @@ def show(results: dict[str, Any], console: Console) -> None:
         f"{late['blocks']} blocks, {late['delay_ms']} ms a write; one at a time {late['serial_seconds']:.1f} s",
         f"{late['median_seconds']:.2f} s, {late['speedup']:.1f} × as fast",
     )
+    start = results["start_up"]
+    table.add_row(
+        "a first command, which starts the embedded stack; the next, which finds it running",
+        f"{start['first_median_seconds']:.2f} s; {start['second_median_seconds']:.2f} s",
+    )
     fixed = results["fixed_cost"]
     table.add_row(
         f"empty disk, submit to concluded, median of {len(fixed['seconds'])}",

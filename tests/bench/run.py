@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from coordinator.model.errors import FlushpointError
-from flushpoint.client import connect
-from tests.bench import report
+from flushpoint.client import Client, connect
+from tests.bench import report, scenarios
 from tests.bench.scenarios import FULL, QUICK, Bench, Scale
 from tests.demo.lab import GIB, Lab, LabError, peak_memory, wait_until
 
@@ -30,24 +30,30 @@ START_S = 20.0
 
 def measure(scale: Scale, console: Console) -> dict[str, Any]:
     begin = time.monotonic()
-    with Lab("bench", 3 * scale.copy_bytes + GIB) as lab, connect() as client:
-        if not wait_until(lambda: len(lab.stack.movers()) >= MOVERS, START_S):
-            raise LabError(f"the embedded stack runs {len(lab.stack.movers())} movers instead of {MOVERS}")
-        bench = Bench(lab, client, scale, lambda line: console.print(f"  {line}", style="dim"))
-        results: dict[str, Any] = {
-            "machine": report.machine(),
-            "scale": asdict(scale),
-            "movers": MOVERS,
-            "fixed_cost": bench.fixed_cost(),
-            "bulk": bench.bulk(),
-            "scattered": bench.scattered(),
-            "latency": bench.latency(),
-            # They live as long as the stack, so their largest size is the largest over all of the above.
-            "mover_peak_bytes": max(peak_memory(mover.pid) for mover in lab.stack.movers()),
-            "planning": bench.planning(),
-        }
+    with Lab("bench", 3 * scale.copy_bytes + GIB) as lab:
+        start_up = scenarios.start_up(lab, scale.rounds)
+        with connect() as client:
+            results = {**_measure(lab, client, scale, console), "start_up": start_up}
     results["took_seconds"] = time.monotonic() - begin
     return results
+
+
+def _measure(lab: Lab, client: Client, scale: Scale, console: Console) -> dict[str, Any]:
+    if not wait_until(lambda: len(lab.stack.movers()) >= MOVERS, START_S):
+        raise LabError(f"the embedded stack runs {len(lab.stack.movers())} movers instead of {MOVERS}")
+    bench = Bench(lab, client, scale, lambda line: console.print(f"  {line}", style="dim"))
+    return {
+        "machine": report.machine(),
+        "scale": asdict(scale),
+        "movers": MOVERS,
+        "fixed_cost": bench.fixed_cost(),
+        "bulk": bench.bulk(),
+        "scattered": bench.scattered(),
+        "latency": bench.latency(),
+        # They live as long as the stack, so their largest size is the largest over all of the above.
+        "mover_peak_bytes": max(peak_memory(mover.pid) for mover in lab.stack.movers()),
+        "planning": bench.planning(),
+    }
 
 
 def main() -> int:

@@ -248,6 +248,22 @@ class Bench:
         return found
 
 
+def start_up(lab: Lab, rounds: int) -> dict[str, Any]:
+    """Whole commands, interpreter and all: the one that starts the embedded stack, and the next, which finds it."""
+    first: list[float] = []
+    second: list[float] = []
+    for _ in range(rounds):
+        for taken in (first, second):
+            taken.append(run([sys.executable, "-m", "flushpoint", "jobs"]).seconds)
+        lab.stack.stop()
+    return {
+        "first_seconds": first,
+        "second_seconds": second,
+        "first_median_seconds": statistics.median(first),
+        "second_median_seconds": statistics.median(second),
+    }
+
+
 # -- data ------------------------------------------------------------------------------------------------------
 
 
