@@ -14,6 +14,7 @@ programs=(
     qemu-io:qemu-utils
     qemu-nbd:qemu-utils
     qemu-storage-daemon:qemu-system-common
+    qemu-system-x86_64:qemu-system-x86
     nbdkit:nbdkit
     nbdcopy:libnbd-bin
     nbdinfo:libnbd-bin

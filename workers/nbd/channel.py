@@ -139,7 +139,7 @@ class PlainChannel:
         with self._send:
             try:
                 while parts and self._broken is None:
-                    parts = _unsent(parts, self._sock.sendmsg(parts))
+                    parts = unsent(parts, self._sock.sendmsg(parts))
             except BlockingIOError:
                 self.abort(f"the server took no byte for {self.timeout_s:g} s")
             except OSError as error:
@@ -219,7 +219,7 @@ class PlainChannel:
             request.wake.release()
 
 
-def _unsent(parts: list[memoryview], sent: int) -> list[memoryview]:
+def unsent(parts: list[memoryview], sent: int) -> list[memoryview]:
     """What is left of `parts` after `sent` bytes of them."""
     left = []
     for part in parts:

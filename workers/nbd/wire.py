@@ -1,5 +1,6 @@
 """The NBD protocol as bytes: constants, formats, and parsers that trust nothing the peer says. No I/O here.
 
+Here are all the formats, what a client says, and how it reads what a server says; the server's half is `server_wire`.
 All numbers are big-endian; all offsets and lengths are bytes. Source: nbd/doc/proto.md.
 
 Option haggling, one answer or many, the last being ACK or an error:
@@ -57,6 +58,9 @@ INFO_EXPORT = struct.Struct(">HQH")  # kind, size, transmission flags
 INFO_BLOCK_SIZE = struct.Struct(">HIII")  # kind, minimum, preferred, maximum
 LENGTH = struct.Struct(">I")
 
+EXPORT_NAME_ANSWER = struct.Struct(">QH")  # size, transmission flags; EXPORT_NAME_ZEROES follow without NO_ZEROES
+
+EXPORT_NAME_ZEROES = bytes(124)
 REPLY_HEAD_BYTES = 16
 U32_MAX = 0xFFFFFFFF
 
@@ -71,6 +75,9 @@ DEFAULT_MAX_BLOCK_BYTES = 32 * 1024 * 1024
 DEFAULT_PREFERRED_BLOCK_BYTES = 4096
 
 
+ALLOCATION_CONTEXT = "base:allocation"
+
+
 class ProtocolError(FlushpointError):
     """The peer broke the NBD protocol: nothing it sends after this can be trusted."""
 
@@ -83,6 +90,7 @@ class HandshakeFlag(enum.IntFlag):
 
 
 class Option(enum.IntEnum):
+    EXPORT_NAME = 1
     ABORT = 2
     LIST = 3
     STARTTLS = 5
@@ -150,6 +158,13 @@ class CommandFlag(enum.IntFlag):
     FAST_ZERO = 1 << 4
 
 
+class AllocationFlag(enum.IntFlag):
+    """The flags of a descriptor in base:allocation."""
+
+    HOLE = 1 << 0
+    ZERO = 1 << 1
+
+
 CHUNK_DONE = 1 << 0
 """The flag of a request's last chunk."""
 CHUNK_IS_ERROR = 1 << 15
@@ -177,9 +192,22 @@ _POSIX_OF_NBD = {
 }
 
 
+_NBD_OF_POSIX = {posix: nbd for nbd, posix in _POSIX_OF_NBD.items()} | {
+    errno.EROFS: 1,
+    errno.EDQUOT: 28,
+    errno.EFBIG: 28,
+}
+_NBD_EIO = 5
+
+
 def posix_errno(nbd_error: int) -> int:
     """The POSIX number of an NBD error; unknown ones count as EINVAL (proto.md, "Error values")."""
     return _POSIX_OF_NBD.get(nbd_error, errno.EINVAL)
+
+
+def nbd_error(posix: int) -> int:
+    """The NBD error of a POSIX number; what NBD has no word for is EIO."""
+    return _NBD_OF_POSIX.get(posix, _NBD_EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +300,8 @@ def parse_option_reply(data: bytes, option: Option) -> tuple[int, int]:
     return kind, length
 
 
-def _text(raw: bytes | bytearray, what: str) -> str:
+def text(raw: bytes | bytearray, what: str) -> str:
+    """A string of the peer's; ProtocolError names it by `what` if it is too long or no UTF-8."""
     if len(raw) > MAX_STRING_BYTES:
         raise ProtocolError(f"{what} has {len(raw)} bytes, more than {MAX_STRING_BYTES}")
     try:
@@ -289,7 +318,7 @@ def parse_server(payload: bytes) -> ExportInfo:
     end = LENGTH.size + length
     if end > len(payload):
         raise ProtocolError(f"an export name claims {length} bytes of {len(payload) - LENGTH.size}")
-    return ExportInfo(_text(payload[LENGTH.size : end], "an export name"), _text(payload[end:], "a description"))
+    return ExportInfo(text(payload[LENGTH.size : end], "an export name"), text(payload[end:], "a description"))
 
 
 def parse_info(payload: bytes) -> ExportSize | BlockSizes | None:
@@ -327,7 +356,7 @@ def parse_meta_context(payload: bytes) -> tuple[int, str]:
     if len(payload) < LENGTH.size:
         raise ProtocolError(f"a meta context has only {len(payload)} bytes")
     (context_id,) = LENGTH.unpack_from(payload)
-    return context_id, _text(payload[LENGTH.size :], "the name of a meta context")
+    return context_id, text(payload[LENGTH.size :], "the name of a meta context")
 
 
 def parse_hole(payload: bytes | bytearray) -> tuple[int, int]:
@@ -362,7 +391,7 @@ def parse_error_chunk(kind: int, payload: bytes | bytearray) -> ChunkError:
         raise ProtocolError(f"an error message claims {length} bytes of {len(payload) - ERROR_HEAD.size}")
     if number == 0:
         raise ProtocolError("an error chunk with error 0")
-    message = _text(payload[ERROR_HEAD.size : end], "an error message")
+    message = text(payload[ERROR_HEAD.size : end], "an error message")
     if kind != ChunkKind.ERROR_OFFSET:
         return ChunkError(posix_errno(number), message, None)
     if len(payload) != end + OFFSET.size:

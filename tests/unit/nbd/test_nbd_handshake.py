@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -74,6 +76,33 @@ def test_a_refusal_says_why_and_what_to_do(
     server = serve_once(tmp_path / "s", play)
     with pytest.raises(error, match=message):
         connect(endpoint(tmp_path / "s"), timeout_s=0.3)
+    server.join()
+
+
+def drip_answers(peer: Peer) -> None:
+    """For 6 seconds; each of them would satisfy any timeout of one step."""
+    greet(peer)
+    option, _ = receive_option(peer)
+    for _ in range(60):
+        if peer.silent(0.1):
+            answer(peer, option, OptionReplyKind.INFO, struct.pack(">H", 99))
+
+
+def drip_bytes(peer: Peer) -> None:
+    greet(peer)
+    option, _ = receive_option(peer)
+    for byte in wire.OPTION_REPLY.pack(wire.OPTION_REPLY_MAGIC, option, OptionReplyKind.ACK, 0):
+        if peer.silent(0.15):
+            peer.sock.sendall(bytes([byte]))
+
+
+@pytest.mark.parametrize("play", [drip_answers, drip_bytes])
+def test_a_server_that_drips_its_handshake_is_given_up_in_time(tmp_path: Path, play: Callable[[Peer], None]) -> None:
+    server = serve_once(tmp_path / "s", play)
+    begun = time.monotonic()
+    with pytest.raises(UnavailableError, match="did not answer within"):
+        connect(endpoint(tmp_path / "s"), timeout_s=0.3, structured=False)
+    assert time.monotonic() - begun < 2  # byte by byte one answer takes 3 s
     server.join()
 
 
