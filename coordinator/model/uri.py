@@ -8,6 +8,8 @@ repeated in a message.
 ``/path/disk.qcow2``, ``…?format=qcow2``         qcow2 image, by its ending or by ``format``
 ``nbd://host:port/export``, ``nbds://…``         NBD over TCP, with TLS for nbds
 ``nbd+unix:///export?socket=PATH``, ``nbds+…``   NBD over a unix socket
+``s3://…``, ``repo+file:///…``                   a disk in a repository (see repository_uri)
+``null:``                                        nowhere: what a recovery point is copied to when it is verified
 =============================================  ==========================================
 """
 
@@ -20,10 +22,12 @@ from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from coordinator.model.errors import UsageError
+from coordinator.model.repository_uri import RepositoryUri, is_repository, parse_repository
 
 NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+unix", "nbds+unix"})
 NBD_KEYS = frozenset({"socket", "tls-certificates", "tls-hostname", "tls-psk-file", "tls-username"})
 """What may stand in the query of an NBD URI (workers.nbd.endpoint reads it)."""
+NOWHERE = "null:"
 FORMATS = ("raw", "qcow2")
 FOREIGN_ENDINGS = (".vmdk", ".vdi", ".vhd", ".vhdx", ".qed")
 """Containers of formats that are not supported; taken for raw, one would be copied with its headers as the disk."""
@@ -34,21 +38,28 @@ _HOST = re.compile(r"[\w.:-]+(%[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class DiskUri:
-    """`path` and `format` for a file or block device, `nbd_uri` for an export; the others are empty."""
+    """`path` and `format` for a file or block device, `nbd_uri` for an export, `repository`; the others are empty."""
 
-    kind: Literal["file", "nbd"]
+    kind: Literal["file", "nbd", "repository", "nothing"]
     path: str = ""
     format: Literal["raw", "qcow2"] = "raw"
     nbd_uri: str = ""
+    repository: RepositoryUri | None = None
 
     def __str__(self) -> str:
-        return self.nbd_uri if self.kind == "nbd" else self.path
+        if self.repository is not None:
+            return str(self.repository)
+        return NOWHERE if self.kind == "nothing" else self.nbd_uri or self.path
 
 
 def parse(text: str) -> DiskUri:
     """An absolute path or a URI. UsageError names what is wrong with it."""
     if text.startswith("/"):
         return _file(*_split_query(text))
+    if text == NOWHERE:
+        return DiskUri("nothing")
+    if is_repository(text):
+        return DiskUri("repository", repository=parse_repository(text))
     try:
         parts = urlsplit(text)
     except ValueError:  # its message holds the authority, and so does the traceback of a cause
@@ -70,7 +81,7 @@ def parse(text: str) -> DiskUri:
     if parts.netloc and parts.scheme:
         raise UsageError(
             f"{_shown(parts)} has the unknown scheme {parts.scheme!r}",
-            "use a path, file://, nbd://, nbds://, nbd+unix:// or nbds+unix://",
+            "use a path, file://, nbd://, nbds://, nbd+unix://, nbds+unix://, s3:// or repo+file://",
         )
     raise UsageError(f"{_without_user(text)!r} is a relative path", "give an absolute path or a URI")
 
@@ -79,11 +90,24 @@ def absolute(text: str, cwd: str) -> str:
     """`text` with a relative path made absolute against `cwd`; a URI with a scheme is only checked."""
     if not text:
         raise UsageError("an empty name is no disk", "give a path or a URI")
-    is_uri = "://" in text or text.partition(":")[0] in NBD_SCHEMES  # nbd:host:port is no path, but an old QEMU name
+    # nbd:host:port is no path, but an old QEMU name.
+    is_uri = "://" in text or text == NOWHERE or text.partition(":")[0] in NBD_SCHEMES
     if not is_uri and not text.startswith("/"):
         text = posixpath.normpath(posixpath.join(cwd, _split_query(text)[0])) + _query_of(text)
     parse(text)
     return text
+
+
+def disk_name(uri: DiskUri) -> str:
+    """What a disk is called in a repository when nobody says: its file's name without ending, or its export's."""
+    if uri.kind == "nbd":
+        parts = urlsplit(uri.nbd_uri)
+        socket = dict(parse_qsl(parts.query)).get("socket", "")
+        name = unquote(parts.path).strip("/") or posixpath.basename(socket) or parts.hostname or ""
+    else:
+        name = posixpath.basename(uri.path.rstrip("/"))
+    stem = posixpath.splitext(name)[0] or name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:128] or "disk"
 
 
 def _shown(parts: SplitResult) -> str:

@@ -1,0 +1,118 @@
+"""Recovery points: what a decision says, and which points a retention policy keeps."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Member(BaseModel):
+    """One disk of a point. Sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    disk: str
+    """DISK or VM/DISK."""
+    size: int
+    root: str
+    """Key of its root, in which the directory is at `directory_offset`."""
+    directory_offset: int
+    directory_length: int
+    root_digest: str
+    """Hex; of the directory, which vouches for everything under it."""
+    sync: str
+    reason: str = ""
+    """Why contents were compared instead of a bitmap being read, where that is so."""
+    parent: int = 0
+    """The epoch it was made from; 0: none."""
+    bytes_read: int = 0
+    bytes_sent: int = 0
+    """Bytes of blocks that were stored because they were new, before compression."""
+
+
+class Decision(BaseModel):
+    """groups/<group>/points/<epoch>.json: written once, it publishes an epoch or ends it. Times in Unix seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    decision: Literal["manifest", "tombstone"]
+    repository: str
+    group: str
+    epoch: int
+    job: str = ""
+    cut_at: float = 0.0
+    decided_at: float = 0.0
+    consistency: Literal["", "crash", "filesystem"] = ""
+    members: tuple[Member, ...] = ()
+    spec: dict[str, Any] = Field(default_factory=dict)
+    """What was asked for, so that a lost ledger loses no group."""
+    why: str = ""
+    """Of a tombstone."""
+    seal: str = ""
+    """Hex digest, keyed in an encrypted repository, of all of the above."""
+
+    @property
+    def is_point(self) -> bool:
+        return self.decision == "manifest"
+
+    def member(self, disk: str) -> Member | None:
+        return next((m for m in self.members if m.disk == disk), None)
+
+
+class Retention(BaseModel):
+    """How many points to keep of each kind; a point may count for several. All 0: nothing is pruned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    last: int = Field(default=0, ge=0)
+    hourly: int = Field(default=0, ge=0)
+    daily: int = Field(default=0, ge=0)
+    weekly: int = Field(default=0, ge=0)
+    monthly: int = Field(default=0, ge=0)
+
+    @property
+    def keeps_all(self) -> bool:
+        return not (self.last or self.hourly or self.daily or self.weekly or self.monthly)
+
+
+def kept(points: Iterable[tuple[int, float]], retention: Retention, held: Iterable[int] = ()) -> dict[int, str]:
+    """Which of the (epoch, cut time) to keep, each with the reasons; the newest and the held ones always.
+
+    Of the points of one hour (day, week, month; UTC, weeks as of ISO 8601) the newest counts for it.
+    """
+    newest_first = sorted(points, reverse=True)
+    held = set(held)
+    reasons: dict[int, list[str]] = {}
+    for place, (epoch, _) in enumerate(newest_first):
+        if place == 0:
+            reasons.setdefault(epoch, []).append("newest")
+        if epoch in held:
+            reasons.setdefault(epoch, []).append("held")
+        if retention.keeps_all or place < retention.last:
+            reasons.setdefault(epoch, []).append("last")
+    for name, count, period in (
+        ("hourly", retention.hourly, "%Y-%m-%d %H"),
+        ("daily", retention.daily, "%Y-%m-%d"),
+        ("weekly", retention.weekly, "%G-%V"),
+        ("monthly", retention.monthly, "%Y-%m"),
+    ):
+        for epoch in _newest_of_each(newest_first, count, _formatter(period)):
+            reasons.setdefault(epoch, []).append(name)
+    return {epoch: ", ".join(why) for epoch, why in reasons.items()}
+
+
+def _formatter(period: str) -> Callable[[float], str]:
+    return lambda time: datetime.datetime.fromtimestamp(time, datetime.UTC).strftime(period)
+
+
+def _newest_of_each(points: list[tuple[int, float]], count: int, period: Callable[[float], str]) -> list[int]:
+    found: dict[str, int] = {}
+    for epoch, time in points:
+        if len(found) == count:
+            break
+        found.setdefault(period(time), epoch)
+    return list(found.values())

@@ -1,0 +1,117 @@
+"""Repositories for tests: made, written and read without a ledger, a coordinator or a mover."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.model.extent import BLOCK_BYTES, Extent, Status, merge_adjacent
+from coordinator.model.point import Decision
+from coordinator.model.repository_uri import RepositoryUri, parse_repository
+from coordinator.model.units import plan_units
+from workers.access import Access
+from workers.repository.archive import Archive
+from workers.repository.epochs import Epoch, collect_maps, open_epoch, publish, write_disk_root
+from workers.repository.index import NoIndex, RunIndex
+from workers.repository.pack import Origin, PackRef
+from workers.repository.repository import Repository
+from workers.repository.root import Root
+
+DISK = "disk"
+
+
+class BytesSource:
+    """A disk in memory."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.data = data
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = memoryview(self.data)[offset : offset + len(buffer)]
+
+    def extents(self) -> Iterable[Extent]:
+        """Blocks of data and of zeroes, as a server would tell them."""
+        size = len(self.data)
+        for start in range(0, size, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, size - start)
+            zero = self.data.startswith(bytes(length), start)
+            yield Extent(start, length, Status.ZERO if zero else Status.DATA)
+
+
+@dataclass
+class Written:
+    """An epoch whose packs are all there, and which is undecided."""
+
+    epoch: Epoch
+    base: Root
+    size: int
+    packs: list[PackRef]
+    sent: int
+
+
+def local_uri(directory: Path, key: str = "") -> RepositoryUri:
+    return parse_repository(f"repo+file://{directory}{f'?key={key}' if key else ''}")
+
+
+def make_repository(directory: Path, key: str = "") -> Repository:
+    """An empty one in a directory that is made; `key` is a reference such as file:/path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return Repository.init(local_uri(directory, key), Access(["/"], ["*"]))
+
+
+def write_epoch(
+    repository: Repository,
+    group: str,
+    source: BytesSource,
+    kind: str,
+    *,
+    extents: Iterable[Extent] | None = None,
+    index: RunIndex | None = None,
+    pool: Executor | None = None,
+) -> Written:
+    """`kind` is full, dirty (with `extents`) or compare; an epoch of a writer that died before is abandoned."""
+    epoch = open_epoch(repository, group, DISK, "job", lambda owner: True)
+    member = epoch.parent_member
+    known = repository.disk(epoch.parent, DISK) if epoch.parent else None
+    base = None if kind == "full" else known
+    size = len(source.data)
+    archive = Archive(repository, Origin(group, epoch.number), DISK, size, base, known, index=index or NoIndex())
+    units = plan_units(merge_adjacent(source.extents() if extents is None else extents), size)
+    with pool or ThreadPoolExecutor(2) as threads:
+        written = [archive.write_unit(source, unit.extents, threads) for unit in units]
+    root = repository.root(member) if base and member else Root.empty(size, repository.store, repository.keyring)
+    packs = [w.pack for w in written if w.pack is not None]
+    return Written(epoch, root, size, packs, sum(w.bytes_sent for w in written))
+
+
+def publish_epoch(repository: Repository, written: Written, cut_at: float | None = None) -> Decision:
+    maps = collect_maps(repository, DISK, written.packs)
+    root = write_disk_root(repository, written.epoch, written.base, written.size, maps)
+    member = written.epoch.member_of(root, written.size)
+    now = time.time()
+    decision = Decision(
+        decision="manifest",
+        repository=repository.id,
+        group=written.epoch.group,
+        epoch=written.epoch.number,
+        job="job",
+        cut_at=now if cut_at is None else cut_at,
+        decided_at=now,
+        members=(member.model_copy(update={"sync": "full"}),),
+    )
+    return publish(repository, written.epoch, decision)
+
+
+def backup(repository: Repository, group: str, data: bytes | bytearray, kind: str = "full") -> Decision:
+    return publish_epoch(repository, write_epoch(repository, group, BytesSource(data), kind))
+
+
+def read_point(repository: Repository, group: str, epoch: int = 0) -> bytes:
+    """All of the one disk of a point."""
+    disk = repository.disk(repository.decisions.point(group, epoch), "")
+    data = bytearray(disk.size)
+    disk.read_into(0, memoryview(data))
+    return bytes(data)

@@ -1,0 +1,202 @@
+"""A byte that is another than was written: found, located and named, and no other point is harmed (I6)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
+from coordinator.model.extent import Extent, Status
+from tests.golden.make_repositories import HERE, KEY, KINDS, POINTS, content
+from tests.repositories import (
+    BytesSource,
+    backup,
+    local_uri,
+    make_repository,
+    publish_epoch,
+    read_point,
+    write_epoch,
+)
+from workers.access import Access
+from workers.repository.check import check
+from workers.repository.collect import condemn
+from workers.repository.layout import DamageError, pack_key
+from workers.repository.pack import PackRef, read_contents, read_tail
+from workers.repository.repository import Repository
+from workers.repository.store.contract import ObjectInfo
+
+ACCESS = Access(["/"], [])
+
+
+def opened(directory: Path, kind: str) -> Repository:
+    key = directory.parent / "key"
+    key.write_text(KEY)
+    return Repository.open(local_uri(directory, f"file:{key}" if kind == "encrypted" else ""), ACCESS)
+
+
+@pytest.fixture(params=KINDS)
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """A copy of a golden repository, and its kind."""
+    directory = tmp_path / "repository"
+    shutil.copytree(HERE / f"repository-1-{request.param}", directory)
+    return directory, request.param
+
+
+def test_a_repository_of_format_1_reads_as_ever(golden: tuple[Path, str]) -> None:
+    with opened(*golden) as repository:
+        assert [p.epoch for p in repository.decisions.points(repository.decisions.group("golden"))] == list(POINTS)
+        for epoch in POINTS:
+            assert read_point(repository, "golden", epoch) == content(epoch)
+        assert check(repository, data=True).damage == []
+
+
+OBJECTS = sorted(
+    (kind, str(path.relative_to(HERE / f"repository-1-{kind}")))
+    for kind in KINDS
+    for path in (HERE / f"repository-1-{kind}").rglob("*")
+    if path.is_file()
+)
+
+
+@pytest.mark.parametrize(("kind", "name"), OBJECTS, ids=lambda part: part.rpartition("/")[2][:24])
+def test_a_flipped_byte_is_found_and_its_object_named(kind: str, name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "repository"
+    shutil.copytree(HERE / f"repository-1-{kind}", directory)
+    path = directory / name
+    whole = path.read_bytes()
+    for at in {0, 7, 30, len(whole) // 3, len(whole) // 2, len(whole) - 40, len(whole) - 1}:
+        broken = bytearray(whole)
+        broken[at % len(whole)] ^= 0x41
+        if _says_the_same(whole, bytes(broken)):
+            continue
+        path.write_bytes(broken)
+        assert any(name in message for message in findings(directory, kind)), f"byte {at} of {name}"
+
+
+def findings(directory: Path, kind: str) -> list[str]:
+    """What is said of a repository, which also is looked at for points that are unharmed."""
+    try:
+        with opened(directory, kind) as repository:
+            report = check(repository, data=True)
+            harmed = {point for damage in report.damage for point in damage.points}
+            for epoch in POINTS:
+                if f"golden@{epoch}" not in harmed:
+                    assert read_point(repository, "golden", epoch) == content(epoch)
+            return [damage.message for damage in report.damage]
+    except FlushpointError as error:  # the records that everything else hangs on
+        return [error.message]
+
+
+def _says_the_same(old: bytes, new: bytes) -> bool:
+    """JSON with other white space is the same record."""
+    return old.startswith(b"{") and b"".join(old.split()) == b"".join(new.split())
+
+
+def test_damage_to_a_point_leaves_its_neighbours_readable(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        first, second = bytearray(b"a" * 200_000), bytearray(b"a" * 200_000)
+        second[70_000:70_100] = b"b" * 100
+        backup(repository, "g", first)
+        point = backup(repository, "g", second, "compare")
+        newest = max(repository.store.list("packs/"), key=lambda info: info.modified)
+        path = tmp_path / "r" / newest.key
+        data = bytearray(path.read_bytes())
+        data[95] ^= 1
+        path.write_bytes(data)
+    with Repository.open(local_uri(tmp_path / "r"), ACCESS) as repository:
+        with pytest.raises(DamageError, match=newest.key) as caught:
+            read_point(repository, "g", point.epoch)
+        assert caught.value.exit_code == 5
+        assert caught.value.offset >= 0
+        assert read_point(repository, "g", point.epoch - 1) == first
+        condemn(repository, "shun", [newest.key])
+        backup(repository, "g", second, "compare")  # as by the next incremental after a check
+        assert read_point(repository, "g") == second
+
+
+def test_a_segment_whose_map_is_damaged_is_copied_anew_by_the_next_epoch(tmp_path: Path) -> None:
+    data = b"a" * 100_000
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", data)
+        (pack,) = repository.store.list("packs/")
+        (stored,) = read_contents(repository.store, repository.keyring, read_tail_of(repository, pack)).maps
+        path = tmp_path / "r" / pack.key
+        broken = bytearray(path.read_bytes())
+        broken[stored.ref.offset + 9] ^= 1
+        path.write_bytes(broken)
+    with Repository.open(local_uri(tmp_path / "r"), ACCESS) as repository:
+        changed = [Extent(65536, len(data) - 65536, Status.DIRTY)]
+        publish_epoch(repository, write_epoch(repository, "g", BytesSource(data), "dirty", extents=changed))
+        assert read_point(repository, "g") == data
+
+
+def read_tail_of(repository: Repository, pack: ObjectInfo) -> PackRef:
+    return read_tail(repository.store, bytes.fromhex(pack.key.removeprefix("packs/")), pack.size)
+
+
+def test_a_missing_pack_is_named_by_check_and_by_a_reader(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 100_000)
+        (pack,) = repository.store.list("packs/")
+        repository.store.delete([pack.key])
+        assert [d.points for d in check(repository).damage if pack.key in d.message] == [("g@1",)]
+        with pytest.raises(FlushpointError, match=pack.key):
+            read_point(repository, "g")
+
+
+def test_a_truncated_pack_is_named(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 100_000)
+        (pack,) = repository.store.list("packs/")
+        path = tmp_path / "r" / pack.key
+        path.write_bytes(path.read_bytes()[:-100])
+        assert any(pack.key in damage.message for damage in check(repository).damage)
+
+
+def test_a_wrong_key_is_refused_before_anything_is_read(golden: tuple[Path, str]) -> None:
+    directory, kind = golden
+    wrong = directory.parent / "wrong"
+    wrong.write_text("another passphrase")
+    with pytest.raises(RefusedError, match="does not open the repository" if kind == "encrypted" else "not encrypted"):
+        Repository.open(local_uri(directory, f"file:{wrong}"), ACCESS)
+
+
+def test_an_encrypted_repository_without_a_key_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(HERE / "repository-1-encrypted", tmp_path / "r")
+    with pytest.raises(RefusedError, match="no key was named"):
+        Repository.open(local_uri(tmp_path / "r"), ACCESS)
+
+
+def test_a_newer_format_is_refused_by_its_number(tmp_path: Path) -> None:
+    make_repository(tmp_path / "r").close()
+    path = tmp_path / "r" / "repository.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 7'))
+    with pytest.raises(RefusedError, match="has format 7"):
+        Repository.open(local_uri(tmp_path / "r"), ACCESS)
+
+
+def test_no_repository_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="repository init"):
+        Repository.open(local_uri(tmp_path), ACCESS)
+
+
+def test_an_encrypted_repository_shows_nothing_of_its_disks(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    canary = b"CANARY-OF-A-GUEST" * 1000
+    with make_repository(tmp_path / "r", f"file:{tmp_path}/key") as repository:
+        backup(repository, "g", canary)
+        backup(repository, "g", canary)
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file())
+    assert b"CANARY" not in stored
+    assert KEY.encode() not in stored
+
+
+def test_equal_blocks_are_stored_once(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 1_000_000)
+        before = sum(info.size for info in repository.store.list("packs/"))
+        backup(repository, "g", b"x" * 1_000_000)
+        assert sum(info.size for info in repository.store.list("packs/")) - before < 1000
+        assert pack_key(b"\0" * 16) not in [info.key for info in repository.store.list("packs/")]

@@ -1,0 +1,99 @@
+"""What is done to a repository as a whole: each function is one `TaskKind`, and returns what its job tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coordinator.model.errors import RefusedError
+from coordinator.model.repository_uri import RepositoryUri, parse_repository
+from coordinator.model.task import RepositoryTask, TaskKind
+from workers.access import Access
+from workers.repository import keyring
+from workers.repository.check import Checked, check
+from workers.repository.collect import condemn, prune
+from workers.repository.compact import compact
+from workers.repository.layout import PACKS, DamageError
+from workers.repository.repository import Repository, allowed_store
+from workers.repository.store import probe
+
+WentOn = Callable[[], None]
+
+
+class FoundDamageError(DamageError):
+    """A check found damage; the report is in the job's result."""
+
+    def __init__(self, report: Checked) -> None:
+        first = report.damage[0]
+        super().__init__("something", first.key)
+        more = f", and {len(report.damage) - 1} more" if len(report.damage) > 1 else ""
+        self.message = f"{first.message}{more}"
+        self.result = asdict(report)
+
+
+def run(task: RepositoryTask, access: Access, went_on: WentOn) -> dict[str, Any]:
+    """Do a task. `went_on` is called now and then and may raise to break off; errors are those of the repository."""
+    uri = parse_repository(task.repository).repository
+    if task.kind is TaskKind.INIT:
+        return _init(uri, access, task.level)
+    with Repository.open(uri, access) as repository:
+        match task.kind:
+            case TaskKind.CHECK:
+                return _check(repository, task.data, went_on)
+            case TaskKind.PRUNE:
+                names = task.groups or None
+                return asdict(prune(repository, names, task.retention, dry_run=task.dry_run, went_on=went_on))
+            case TaskKind.COMPACT:
+                return asdict(compact(repository, went_on=went_on))
+            case TaskKind.NEW_DATA_KEY:
+                return {"key": keyring.rotate(repository.store, _secret(uri, access))}
+            case TaskKind.REWRAP_KEYS:
+                new = keyring.resolve_secret(task.new_key, access)
+                return {"keys": keyring.rewrap(repository.store, _secret(uri, access), new)}
+            case _:
+                return _scan(repository, task.groups)
+
+
+def _scan(repository: Repository, names: tuple[str, ...]) -> dict[str, Any]:
+    """All groups with their decided epochs, by one listing; and the points of those named, by their manifests."""
+    groups = repository.decisions.groups()
+    points = [p for name in names if name in groups for p in repository.decisions.points(groups[name])]
+    return {
+        "groups": {name: group.present() for name, group in groups.items()},
+        "points": [point.model_dump(mode="json") for point in points],
+    }
+
+
+def _init(uri: RepositoryUri, access: Access, level: int) -> dict[str, Any]:
+    if uri.kind == "file":
+        Path(access.check_path(uri.path, must_exist=False)).mkdir(exist_ok=True)
+    store = allowed_store(uri, access)
+    try:
+        findings = probe(store)
+    finally:
+        store.close()
+    if not findings.conditional_put or not findings.read_after_write:
+        raise RefusedError(
+            f"{store.name} cannot hold a repository: {'; '.join(findings.cannot)}",
+            "use a store with conditional PUT (If-None-Match) and read-after-write",
+        )
+    with Repository.init(uri, access, level) as repository:
+        return {"id": repository.id, "encrypted": repository.record.encrypted, "store": asdict(findings)}
+
+
+def _check(repository: Repository, data: bool, went_on: WentOn) -> dict[str, Any]:
+    report = check(repository, data=data, went_on=went_on)
+    if not report.damage:
+        return asdict(report)
+    packs = sorted({damage.key for damage in report.damage if damage.key.startswith(PACKS)})
+    if packs:  # writers store anew what is in them, wherever they read it again
+        condemn(repository, "shun", packs)
+    raise FoundDamageError(report)
+
+
+def _secret(uri: RepositoryUri, access: Access) -> bytes:
+    if not uri.key:
+        raise RefusedError("no key was named, so the repository is not encrypted and has none", "add key=… to its URI")
+    return keyring.resolve_secret(uri.key, access)

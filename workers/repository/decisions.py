@@ -1,0 +1,224 @@
+"""Decisions, and which of the published points are still there.
+
+groups/<group>/points/<epoch>.json      one conditional PUT: manifest or tombstone, never changed
+groups/<group>/retained/<n>.json        n grows, one conditional PUT each; the newest counts: every point up to
+                                        `floor` that is not among `keep` is gone, whoever publishes it again later
+holds/<id>.json                         points that somebody reads, epochs that somebody writes
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coordinator.model.errors import NotFoundError, RefusedError
+from coordinator.model.point import Decision
+from coordinator.model.repository_uri import LATEST
+from workers.repository.keyring import Keyring
+from workers.repository.layout import GROUPS, HOLDS, DamageError, hold_key, point_key, retained_prefix
+from workers.repository.store.contract import MissingObjectError, ObjectStore
+
+HOLD_TTL_S = 3600.0
+"""A hold that was not renewed for this long binds nobody: its owner is dead, or asleep beyond any lease."""
+HOLD_RENEW_S = 300.0
+_POINT = re.compile(rf"{GROUPS}(?P<group>[^/]+)/points/(?P<epoch>\d{{10,}})\.json")
+_RETAINED = re.compile(rf"{GROUPS}(?P<group>[^/]+)/retained/(?P<number>\d{{10,}})\.json")
+
+
+class Retained(BaseModel):
+    """What a prune left of a group."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    number: int
+    floor: int
+    keep: tuple[int, ...]
+    seal: str = ""
+
+    def has(self, epoch: int) -> bool:
+        return epoch > self.floor or epoch in self.keep
+
+
+class Hold(BaseModel):
+    """Keeps points from being pruned; one of an epoch also says that the epoch is being written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    id: str
+    kind: Literal["epoch", "read"]
+    group: str
+    epoch: int = 0
+    """The one that is being written; 0 for a reader."""
+    points: tuple[int, ...] = ()
+    owner: str
+    """Who: a job, or a command and its host; for people."""
+    renewed_at: float
+    seal: str = ""
+
+    @property
+    def is_stale(self) -> bool:
+        return time.time() - self.renewed_at > HOLD_TTL_S
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What listing tells of a group: epochs that were decided, and what the last prune left."""
+
+    name: str
+    decided: tuple[int, ...]
+    """Sorted. Epochs up to the floor are decided too, whether their object is still there or not."""
+    retained: Retained | None
+
+    def is_decided(self, epoch: int) -> bool:
+        return epoch in self.decided or (self.retained is not None and epoch <= self.retained.floor)
+
+    def present(self) -> list[int]:
+        """Decided epochs that were not pruned: points and tombstones, oldest first."""
+        return [epoch for epoch in self.decided if self.retained is None or self.retained.has(epoch)]
+
+    @property
+    def newest(self) -> int:
+        return max((*self.decided, self.retained.floor if self.retained else 0), default=0)
+
+
+Record = TypeVar("Record", Decision, Retained, Hold)
+
+
+class Decisions:
+    """Reads and writes them. Thread-safe."""
+
+    def __init__(self, store: ObjectStore, keyring: Keyring) -> None:
+        self._store = store
+        self._keyring = keyring
+
+    def groups(self) -> dict[str, Group]:
+        """All groups, by one listing."""
+        return self._listed(GROUPS)
+
+    def group(self, name: str) -> Group:
+        """One group; without any epoch if there is none of that name."""
+        return self._listed(f"{GROUPS}{name}/").get(name, Group(name, (), None))
+
+    def points(self, group: Group) -> list[Decision]:
+        """Its recovery points, oldest first. A damaged one raises DamageError; see `point` to go on past it."""
+        found = (self.decision(group.name, epoch) for epoch in group.present())
+        return [decision for decision in found if decision is not None and decision.is_point]
+
+    def point(self, name: str, epoch: int) -> Decision:
+        """One recovery point, the newest for LATEST; NotFoundError names those there are."""
+        group = self.group(name)
+        present = group.present()
+        for candidate in reversed(present) if epoch == LATEST else [epoch] if epoch in present else []:
+            decision = self.decision(name, candidate)
+            if decision is not None and decision.is_point:
+                return decision
+        there = ", ".join(str(e) for e in present[-10:]) or "none"
+        what = f"recovery point {epoch}" if epoch else "recovery point"
+        raise NotFoundError(
+            f"group {name!r} has no {what} in {self._store.name}; the newest are: {there}",
+            "list them with flushpoint points, and their groups with flushpoint repository scan",
+        )
+
+    def decision(self, group: str, epoch: int) -> Decision | None:
+        """What was decided, None if nothing was."""
+        key = point_key(group, epoch)
+        try:
+            data = self._store.get(key)
+        except MissingObjectError:
+            return None
+        decision = self._opened(Decision, data, key)
+        if (decision.group, decision.epoch, decision.repository) != (group, epoch, self._keyring.repository.hex()):
+            raise DamageError("a decision about something else", key)
+        return decision
+
+    def decide(self, decision: Decision) -> Decision:
+        """Write a decision, once and for all. Returns what is decided now: this, or what another wrote before."""
+        key = point_key(decision.group, decision.epoch)
+        if self._store.put_if_absent(key, self._sealed(decision)):
+            return decision
+        there = self.decision(decision.group, decision.epoch)
+        if there is None:
+            raise DamageError("a decision that vanished", key)
+        return there
+
+    def retain(self, group: Group, keep: Sequence[int]) -> Retained:
+        """Make `keep` all that is left of the group up to now. RefusedError if another prune was quicker."""
+        number = group.retained.number + 1 if group.retained else 1
+        retained = Retained(number=number, floor=group.newest, keep=tuple(sorted(keep)))
+        key = f"{retained_prefix(group.name)}{number:010d}.json"
+        if not self._store.put_if_absent(key, self._sealed(retained)):
+            raise RefusedError(f"another prune of group {group.name!r} came in between", "run it again")
+        return retained
+
+    # -- holds ---------------------------------------------------------------------------------------------
+
+    def holds(self) -> list[Hold]:
+        found = []
+        for info in self._store.list(HOLDS):
+            try:
+                found.append(self._opened(Hold, self._store.get(info.key), info.key))
+            except MissingObjectError:
+                continue  # given up between the listing and now
+        return found
+
+    def hold(self, hold: Hold) -> None:
+        """Write or renew a hold."""
+        self._store.put(hold_key(hold.id), self._sealed(hold))
+
+    def announce(self, hold: Hold) -> bool:
+        """Write a hold that nobody may have written before; False if somebody has."""
+        return self._store.put_if_absent(hold_key(hold.id), self._sealed(hold))
+
+    def let_go(self, hold_id: str) -> None:
+        self._store.delete([hold_key(hold_id)])
+
+    # -- bytes ---------------------------------------------------------------------------------------------
+
+    def _listed(self, prefix: str) -> dict[str, Group]:
+        epochs: dict[str, list[int]] = {}
+        newest: dict[str, str] = {}
+        for info in self._store.list(prefix):
+            if match := _POINT.fullmatch(info.key):
+                epochs.setdefault(match["group"], []).append(int(match["epoch"]))
+            elif match := _RETAINED.fullmatch(info.key):
+                newest[match["group"]] = max(newest.get(match["group"], ""), info.key)
+        names = epochs.keys() | newest.keys()
+        return {n: Group(n, tuple(sorted(epochs.get(n, ()))), self._retained(newest.get(n))) for n in sorted(names)}
+
+    def _retained(self, key: str | None) -> Retained | None:
+        return None if key is None else self._opened(Retained, self._store.get(key), key)
+
+    def _sealed(self, record: Decision | Retained | Hold) -> bytes:
+        fields = record.model_dump(mode="json", exclude={"seal"})
+        return json.dumps({**fields, "seal": self._seal_of(fields)}, indent=1, sort_keys=True).encode()
+
+    def _opened(self, kind: type[Record], data: bytes, key: str) -> Record:
+        """DamageError if a byte of it is another than was written."""
+        try:
+            record = kind.model_validate_json(data)
+        except ValidationError as error:
+            raise DamageError("the record", key) from error
+        fields = record.model_dump(mode="json", exclude={"seal"})
+        if record.seal != self._seal_of(fields):
+            raise DamageError("the record", key)
+        return record
+
+    def _seal_of(self, fields: dict[str, Any]) -> str:
+        return self._keyring.digest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hex()
+
+
+def prune_leftovers(group: Group) -> Iterable[str]:
+    """Keys of decisions and older retention records that the newest retention record has made void."""
+    if group.retained is None:
+        return []
+    gone = [point_key(group.name, e) for e in group.decided if not group.retained.has(e)]
+    older = [f"{retained_prefix(group.name)}{n:010d}.json" for n in range(1, group.retained.number)]
+    return [*gone, *older[-100:]]

@@ -1,0 +1,84 @@
+"""What of a repository is alive: everything that a recovery point, or the parent of an open epoch, leads to.
+
+Bounded by the number of packs (an id each) and not by blocks: pages say which packs a segment's runs are in, and a page
+that many points share is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from coordinator.model.point import Decision
+from workers.repository.decisions import Group
+from workers.repository.layout import MOVED
+from workers.repository.repository import Repository
+from workers.repository.root import PageRef, Root
+from workers.repository.segment_map import MapRef
+
+
+@dataclass(slots=True)
+class Alive:
+    """Packs by id; roots by key."""
+
+    packs: set[bytes] = field(default_factory=set)
+    roots: set[str] = field(default_factory=set)
+    moved: set[bytes] = field(default_factory=set)
+    """Packs that are alive only by their record in moved/: the object itself, if still there, is not wanted."""
+
+
+def live_points(repository: Repository, groups: dict[str, Group]) -> Iterator[Decision]:
+    """All recovery points of all groups; DamageError for a manifest that cannot be read, since nothing may be
+    collected while it is not known what it leads to."""
+    for group in groups.values():
+        yield from repository.decisions.points(group)
+
+
+def each_root(repository: Repository, points: Iterator[Decision]) -> Iterator[tuple[Decision, str, Root]]:
+    """(point, disk, root) of every disk of every point; one root that several points name comes once."""
+    seen: set[str] = set()
+    for point in points:
+        for member in point.members:
+            if member.root not in seen:
+                seen.add(member.root)
+                yield point, member.disk, repository.root(member)
+
+
+def each_map(roots: Iterator[tuple[Decision, str, Root]]) -> Iterator[tuple[str, MapRef]]:
+    """(disk, map) of all pages, each page once however many roots share it."""
+    seen: set[PageRef] = set()
+    for _, disk, root in roots:
+        for number, page in enumerate(root.pages):
+            if page.root and page not in seen:
+                seen.add(page)
+                yield from ((disk, ref) for ref in root.page(number).values())
+
+
+def find_alive(repository: Repository, points: Iterator[Decision], went_on: Callable[[], None] = lambda: None) -> Alive:
+    """`went_on` is called now and then, so that a lease can be looked at."""
+    alive = Alive()
+
+    def noting_roots() -> Iterator[tuple[Decision, str, Root]]:
+        for point, disk, root in each_root(repository, points):
+            went_on()
+            alive.roots |= root.roots()
+            yield point, disk, root
+
+    for _, ref in each_map(noting_roots()):
+        alive.packs.add(ref.pack)
+        alive.packs.update(ref.packs)
+    _follow_moves(repository, alive)
+    return alive
+
+
+def _follow_moves(repository: Repository, alive: Alive) -> None:
+    moved = {bytes.fromhex(info.key.removeprefix(MOVED)) for info in repository.store.list(MOVED)}
+    todo = list(alive.packs & moved)
+    while todo:
+        pack = todo.pop()
+        alive.moved.add(pack)
+        record = repository.relocations.read(pack)
+        for target in (bytes.fromhex(p) for p in (record.packs if record else ())):
+            if target not in alive.packs:
+                alive.packs.add(target)
+                todo += [target] if target in moved else []

@@ -1,0 +1,307 @@
+"""Reads disks of recovery points: maps and runs by as few ranged requests as may be, each run checked.
+
+Runs of one segment that lie side by side in a pack are fetched together, and so are maps: whoever reads a disk from its
+start to its end makes about one request for SPAN_BYTES. Spans are kept for a moment, since many threads read one
+segment; two that want the same span wait for one request.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
+from workers.repository import segment_map
+from workers.repository.keyring import Keyring
+from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError, pack_key
+from workers.repository.pack import map_context, map_digest
+from workers.repository.relocations import MAX_HOPS, Relocations
+from workers.repository.root import Page, Root
+from workers.repository.runs import Run, open_run
+from workers.repository.segment_map import MapRef, SegmentMap
+from workers.repository.store.contract import Buffer, MissingObjectError, ObjectStore
+
+SPAN_BYTES = 4 * 1024 * 1024
+"""What is fetched at once. With SPANS of them held, 32 MiB a reader."""
+SPANS = 8
+MAP_SPAN_BYTES = 256 * 1024
+MAPS = 128
+PAGES = 16
+GAP_BYTES = BLOCK_BYTES
+"""A gap up to this is read over: cheaper than another request."""
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class _Once(Generic[Key, Value]):
+    """A cache of the `limit` values used last; each is made once, however many threads want it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._made: OrderedDict[Key, Future[Value]] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        with self._lock:
+            future = self._made.get(key)
+            mine = future is None
+            if future is None:
+                future = self._made[key] = Future()
+                while len(self._made) > self._limit:
+                    self._made.popitem(last=False)
+            else:
+                self._made.move_to_end(key)
+        if not mine:
+            return future.result()
+        try:
+            value = make()
+        except BaseException as error:
+            with self._lock:
+                self._made.pop(key, None)
+            future.set_exception(error)
+            raise
+        future.set_result(value)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Bytes of one pack that are fetched together."""
+
+    pack: bytes
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """The map of a segment, and for each of its blocks the span its run is fetched with."""
+
+    runs: SegmentMap
+    spans: tuple[_Span | None, ...]
+
+
+class Fetcher:
+    """Stored bytes and maps of a repository. Thread-safe."""
+
+    def __init__(self, store: ObjectStore, keyring: Keyring, relocations: Relocations) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._relocations = relocations
+
+    def bytes_of(self, pack: bytes, offset: int, length: int) -> bytes:
+        """MissingObjectError if the pack is gone; DamageError if it ends before."""
+        return self._store.get_range(pack_key(pack), offset, length)
+
+    def block(self, stored: Buffer, run: Run, length: int) -> Buffer:
+        return open_run(stored, run, length, self._keyring)
+
+    def moved_block(self, run: Run, length: int) -> Buffer:
+        """A block whose pack is gone, from where compaction took it."""
+        for _ in range(MAX_HOPS):
+            run = self._relocations.run(run)
+            try:
+                stored = self.bytes_of(run.pack, run.offset, run.length)
+            except MissingObjectError:
+                continue
+            return self.block(stored, run, length)
+        raise DamageError("a run that was moved again and again", pack_key(run.pack), run.offset, run.length)
+
+    def map(self, disk: str, ref: MapRef, stored: Buffer | None = None) -> SegmentMap:
+        """The map that `ref` names; `stored` if its bytes were fetched already."""
+        for _ in range(MAX_HOPS):
+            try:
+                if stored is None:
+                    stored = self.bytes_of(ref.pack, ref.offset, ref.length)
+            except MissingObjectError:
+                ref = self._relocations.map(ref)
+                continue
+            return self._decoded(disk, ref, stored)
+        raise DamageError("a map that was moved again and again", pack_key(ref.pack), ref.offset, ref.length)
+
+    def _decoded(self, disk: str, ref: MapRef, stored: Buffer) -> SegmentMap:
+        context = map_context(self._keyring.repository, disk, ref.segment)
+        try:
+            plain = self._keyring.open(ref.pack, ref.offset, stored, context)
+            if map_digest(self._keyring, plain) != ref.digest:
+                raise ValueError("another digest")
+            return segment_map.decode(plain)
+        except ValueError as error:
+            raise DamageError("a map", pack_key(ref.pack), ref.offset, ref.length) from error
+
+
+class PointDisk:
+    """One disk as it was at one point. Thread-safe; bounded memory whatever its size."""
+
+    def __init__(self, name: str, root: Root, fetcher: Fetcher, span_bytes: int = SPAN_BYTES) -> None:
+        """`span_bytes` bounds what one read fetches at once, and so how far it reads ahead."""
+        self.name = name
+        self.size = root.size
+        self._root = root
+        self._fetcher = fetcher
+        self._span_bytes = span_bytes
+        self._pages: _Once[int, Page] = _Once(PAGES)
+        self._map_spans: _Once[_Span, bytes | None] = _Once(SPANS)
+        self._maps: _Once[int, _Located | None] = _Once(MAPS)
+        self._spans: _Once[_Span, bytes | None] = _Once(SPANS)
+
+    def runs(self, segment: int) -> SegmentMap | None:
+        """The runs of a segment; None if all of it reads as zeroes."""
+        located = self._located(segment)
+        return located.runs if located is not None else None
+
+    def mapped(self, first: int, end: int) -> Iterator[int]:
+        """Segments in [first, end) that do not read as zeroes, in order."""
+        end = min(end, len(self._root.pages) * SEGMENTS_A_PAGE)
+        for number in range(first // SEGMENTS_A_PAGE, -(-end // SEGMENTS_A_PAGE)):
+            yield from sorted(segment for segment in self._page(number) if first <= segment < end)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Data and holes, by blocks; sorted, not merged. Pages without a map cost nothing."""
+        end = min(offset + length, self.size)
+        while offset < end:
+            segment = offset // SEGMENT_BYTES
+            page = self._page(segment // SEGMENTS_A_PAGE)
+            if not page:
+                stop = min(end, (segment // SEGMENTS_A_PAGE + 1) * SEGMENTS_A_PAGE * SEGMENT_BYTES)
+                yield Extent(offset, stop - offset, Status.HOLE)
+            else:
+                stop = min(end, (segment + 1) * SEGMENT_BYTES)
+                yield from self._extents_of_segment(segment, offset, stop)
+            offset = stop
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset`. DamageError, StoreError; what the buffer then holds is undefined."""
+        at, end = offset, offset + len(buffer)
+        while at < end:
+            segment = at // SEGMENT_BYTES
+            stop = min(end, (segment + 1) * SEGMENT_BYTES)
+            target = buffer[at - offset : stop - offset]
+            located = self._located(segment)
+            if located is None:
+                _zero(target)
+            else:
+                self._read_segment(located, at, target)
+            at = stop
+
+    def _read_segment(self, located: _Located, offset: int, target: memoryview) -> None:
+        """`offset` and all of `target` lie in the segment."""
+        at, end = offset, offset + len(target)
+        while at < end:
+            number = at // BLOCK_BYTES
+            start = number * BLOCK_BYTES
+            stop = min(end, start + BLOCK_BYTES)
+            piece = target[at - offset : stop - offset]
+            index = number % BLOCKS_A_SEGMENT
+            run = located.runs[index] if index < len(located.runs) else None
+            if run is None:
+                _zero(piece)
+            else:
+                block = self._block(run, located.spans[index], min(BLOCK_BYTES, self.size - start))
+                piece[:] = memoryview(block)[at - start : stop - start]
+            at = stop
+
+    def _block(self, run: Run, span: _Span | None, length: int) -> Buffer:
+        assert span is not None
+        fetched = self._spans.get(span, lambda: self._fetch(span))
+        if fetched is None:
+            return self._fetcher.moved_block(run, length)
+        start = run.offset - span.start
+        return self._fetcher.block(memoryview(fetched)[start : start + run.length], run, length)
+
+    def _fetch(self, span: _Span) -> bytes | None:
+        """None if the pack is gone."""
+        try:
+            return self._fetcher.bytes_of(span.pack, span.start, span.end - span.start)
+        except MissingObjectError:
+            return None
+
+    def _extents_of_segment(self, segment: int, offset: int, stop: int) -> Iterator[Extent]:
+        located = self._located(segment)
+        if located is None:
+            yield Extent(offset, stop - offset, Status.HOLE)
+            return
+        while offset < stop:
+            number = offset // BLOCK_BYTES
+            end = min(stop, (number + 1) * BLOCK_BYTES)
+            index = number % BLOCKS_A_SEGMENT
+            zero = index >= len(located.runs) or located.runs[index] is None
+            yield Extent(offset, end - offset, Status.HOLE if zero else Status.DATA)
+            offset = end
+
+    def _page(self, number: int) -> Page:
+        return self._pages.get(number, lambda: self._root.page(number))
+
+    def _located(self, segment: int) -> _Located | None:
+        return self._maps.get(segment, lambda: self._load(segment))
+
+    def _load(self, segment: int) -> _Located | None:
+        page = self._page(segment // SEGMENTS_A_PAGE)
+        ref = page.get(segment)
+        if ref is None:
+            return None
+        span = _span_of_maps(page, ref)
+        fetched = self._map_spans.get(span, lambda: self._fetch(span))
+        start = ref.offset - span.start
+        stored = None if fetched is None else memoryview(fetched)[start : start + ref.length]
+        runs = self._fetcher.map(self.name, ref, stored)
+        return _Located(runs, _spans_of(runs, self._span_bytes))
+
+
+def _span_of_maps(page: Page, ref: MapRef) -> _Span:
+    """The map and those that follow it in its pack: units write maps one after the other, in order of segments."""
+    end = ref.offset + ref.length
+    segment = ref.segment
+    while (following := page.get(segment + 1)) is not None:
+        if following.pack != ref.pack or following.offset != end or end - ref.offset >= MAP_SPAN_BYTES:
+            break
+        end += following.length
+        segment += 1
+    start = ref
+    while (before := page.get(start.segment - 1)) is not None:
+        if before.pack != ref.pack or before.offset + before.length != start.offset:
+            break
+        if end - before.offset > MAP_SPAN_BYTES:
+            break
+        start = before
+    return _Span(ref.pack, start.offset, end)
+
+
+def _spans_of(runs: SegmentMap, limit: int) -> tuple[_Span | None, ...]:
+    """For each block the bytes to fetch its run with: neighbours in its pack, up to `limit` bytes."""
+    order = sorted((run.pack, run.offset, index) for index, run in enumerate(runs) if run is not None)
+    spans: list[_Span | None] = [None] * len(runs)
+    members: list[int] = []
+    current: _Span | None = None
+
+    def close() -> None:
+        for index in members:
+            spans[index] = current
+        members.clear()
+
+    for pack, offset, index in order:
+        run = runs[index]
+        assert run is not None
+        end = offset + run.length
+        if (
+            current is not None
+            and current.pack == pack
+            and offset - current.end <= GAP_BYTES
+            and end - current.start <= limit
+        ):
+            current = replace(current, end=max(current.end, end))
+        else:
+            close()
+            current = _Span(pack, offset, end)
+        members.append(index)
+    close()
+    return tuple(spans)
+
+
+def _zero(target: memoryview) -> None:
+    target[:] = bytes(len(target))

@@ -1,0 +1,138 @@
+"""`python -m workers.repository.serve`: a recovery point as NBD exports, until told to stop. Needs no coordinator.
+
+Prints one URI for each disk on standard output when all of them can be connected to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from coordinator.model.errors import FlushpointError, UsageError
+from coordinator.model.point import Decision
+from coordinator.model.repository_uri import RepositoryUri, parse_repository
+from coordinator.settings import load_settings
+from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.nbd.served import ServedDisk
+from workers.nbd.server import Server, listen
+from workers.repository.decisions import HOLD_RENEW_S, Hold
+from workers.repository.repository import Repository
+from workers.repository.served_point import Overlay, ServedPoint
+
+READ_AHEAD_BYTES = 1024 * 1024
+"""What one read fetches at once. A booting guest reads here and there; whoever reads all of it waits for no more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="flushpoint serve", description=__doc__)
+    parser.add_argument("uri", help="the repository with ?group=…&point=…")
+    parser.add_argument("--disk", default="", help="only this disk")
+    parser.add_argument("--socket", default="", help="unix socket to listen on")
+    parser.add_argument("--listen", default="", metavar="HOST:PORT", help="TCP address to listen on instead")
+    parser.add_argument("--writable", default="", metavar="DIR", help="keep writes in an overlay in DIR")
+    given = parser.parse_args(argv)
+    try:
+        settings = load_settings()
+        access = Access(settings.allowed_roots, settings.allowed_endpoints)
+        _serve(parse_repository(given.uri), given, access)
+    except FlushpointError as error:
+        print(f"flushpoint: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _serve(uri: RepositoryUri, given: argparse.Namespace, access: Access) -> None:
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with contextlib.ExitStack() as stack:
+        repository = stack.enter_context(Repository.open(uri.repository, access))
+        point = repository.decisions.point(uri.group, uri.point)
+        hold = _hold(point)
+        repository.decisions.hold(hold)
+        stack.callback(_let_go, repository, hold)
+        exports = _exports(stack, repository, point, given.disk, given.writable, access)
+        endpoint = _endpoint(stack, given.socket, given.listen)
+        listener = listen(endpoint)
+        port = listener.getsockname()[1] if endpoint.socket_path is None else 0
+        stack.enter_context(Server(exports, listener))
+        for name in exports:
+            print(_uri_of(endpoint, port, name), flush=True)
+        while not stopped.wait(HOLD_RENEW_S):
+            hold = hold.model_copy(update={"renewed_at": time.time()})
+            repository.decisions.hold(hold)
+
+
+def _exports(
+    stack: contextlib.ExitStack,
+    repository: Repository,
+    point: Decision,
+    disk: str,
+    writable: str,
+    access: Access,
+) -> dict[str, ServedDisk]:
+    names = [disk] if disk else [member.disk for member in point.members]
+    exports: dict[str, ServedDisk] = {}
+    for name in names:
+        below = repository.disk(point, name, READ_AHEAD_BYTES)
+        if not writable:
+            exports[below.name] = ServedPoint(below)
+            continue
+        directory = Path(access.check_path(writable, must_exist=False))
+        directory.mkdir(exist_ok=True)
+        overlay = Overlay(below, directory, f"{point.group}@{point.epoch}-{below.name.replace('/', '-')}")
+        stack.callback(overlay.close)
+        exports[below.name] = overlay
+    return exports
+
+
+def _hold(point: Decision) -> Hold:
+    return Hold(
+        id=f"serve-{secrets.token_hex(8)}",
+        kind="read",
+        group=point.group,
+        points=(point.epoch,),
+        owner=f"flushpoint serve on {socket.gethostname()}",
+        renewed_at=time.time(),
+    )
+
+
+def _let_go(repository: Repository, hold: Hold) -> None:
+    with contextlib.suppress(FlushpointError):  # it goes stale by itself
+        repository.decisions.let_go(hold.id)
+
+
+def _endpoint(stack: contextlib.ExitStack, path: str, address: str) -> Endpoint:
+    if path and address:
+        raise UsageError("--socket and --listen name two places", "give one of them")
+    if address:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise UsageError(f"{address!r} is no address to listen on", "write HOST:PORT; port 0 takes a free one")
+        return Endpoint(host.strip("[]"), int(port), None, "")
+    if not path:
+        path = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='flushpoint-serve-'))}/nbd.sock"
+    return Endpoint(None, 0, str(Path(path).absolute()), "")
+
+
+def _uri_of(endpoint: Endpoint, port: int, name: str) -> str:
+    return str(Endpoint(endpoint.host, port or endpoint.port, endpoint.socket_path, name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The connection of a process to one S3 store: a client of boto3 as the repository's URI wants it, and its retries.
+
+What is uploaded is not hashed for the signature (UNSIGNED-PAYLOAD): over https TLS already protects it, and the SHA-256
+of a pack would cost more than all else. Over http nothing protects it, nor what is read. A CRC-32 is sent where it is
+asked for (checksums=when_supported) or demanded (object lock); it is computed here, once, and not in botocore, which
+over https would wrap the body into chunks for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import zlib
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import boto3.session  # type: ignore[import-untyped]
+from botocore.config import Config  # type: ignore[import-untyped]
+from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+
+from coordinator.model.errors import FlushpointError, NotFoundError
+from coordinator.model.repository_uri import RepositoryUri
+from workers.repository.store.contract import MissingObjectError, check_key
+from workers.repository.store.retry import Effort, Pace, Retrier
+from workers.repository.store.s3_errors import Explainer
+
+if TYPE_CHECKING:
+    from types_boto3_s3.client import S3Client
+
+MOST_REQUESTS = 16
+"""Under way at once in all threads of a store; as many connections are kept."""
+CONNECT_TIMEOUT_S = 10.0
+"""Also of sending one block of 128 KiB: urllib3 sends under the time-out of connecting."""
+READ_TIMEOUT_S = 60.0
+"""Without a byte. Completing an upload keeps some servers busy for long before they answer."""
+_WAITED_FOR_BYTES = 1024 * 1024
+"""A body from this size on is sent after the server's 100 Continue, so that a refusal does not cost the transfer."""
+_PACKS = "packs/"
+"""Objects that are large, and read rarely: they alone have the storage class."""
+_NEED_CHECKSUM = ("DeleteObjects", "PutObjectRetention")
+
+Answer = TypeVar("Answer")
+
+
+class S3Requests:
+    """Thread-safe, but of one process: a connection shared with a forked child would mix up their answers."""
+
+    def __init__(self, uri: RepositoryUri) -> None:
+        self.bucket = uri.bucket
+        self.name = f"s3://{uri.bucket}/{uri.prefix}".rstrip("/")
+        self.prefix = f"{uri.prefix}/" if uri.prefix else ""
+        self._options = uri.s3
+        self._process = os.getpid()
+        self._bucket_seen = False
+        self._client = self._connect()
+        self._explainer = Explainer(self.name, uri.bucket, self._client.meta.endpoint_url)
+        self._retrier = Retrier(Pace(MOST_REQUESTS), self._explainer.explain)
+
+    def send(self, request: Callable[[S3Client], Answer], key: str = "", effort: Effort | None = None) -> Answer:
+        """The answer to `request`, which is called once for every attempt. Raises what the contract says."""
+        if os.getpid() != self._process:
+            raise RuntimeError(f"{self.name} was opened in another process")
+        return self._retrier.call(lambda: request(self._client), key, effort or Effort())
+
+    def where(self, key: str) -> dict[str, Any]:
+        """Parameters that name an object."""
+        return {"Bucket": self.bucket, "Key": self.prefix + check_key(key)}
+
+    def written(self, key: str) -> dict[str, Any]:
+        """Parameters of writing a new object, by PutObject or CreateMultipartUpload."""
+        options = self.where(key)
+        if self._options.storage_class and key.startswith(_PACKS):
+            options["StorageClass"] = self._options.storage_class
+        if self._options.sse:
+            options["ServerSideEncryption"] = self._options.sse
+        if self._options.sse_kms_key:
+            options["SSEKMSKeyId"] = self._options.sse_kms_key
+        if self.locks:
+            options["ObjectLockMode"] = self._options.lock_mode
+            options["ObjectLockRetainUntilDate"] = self._locked_until()
+        return options
+
+    @property
+    def locks(self) -> bool:
+        return bool(self._options.lock_mode)
+
+    @property
+    def checksums(self) -> bool:
+        """Whether what is written carries a CRC-32. AWS refuses a locked object without one."""
+        return self.locks or self._options.checksums == "when_supported"
+
+    def extend_lock(self, key: str) -> None:
+        """To the configured days from now, if there are any."""
+        parameters = self.where(key)
+        parameters["Retention"] = {"Mode": self._options.lock_mode, "RetainUntilDate": self._locked_until()}
+        if self.locks:
+            self.send(lambda s3: s3.put_object_retention(**parameters), key)
+
+    def checksum(self, data: memoryview) -> dict[str, str]:
+        """Parameters of PutObject and UploadPart alike; under object lock AWS wants the algorithm named too."""
+        if not self.checksums:
+            return {}
+        return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": base64.b64encode(zlib.crc32(data).to_bytes(4)).decode()}
+
+    def size(self, key: str) -> int | None:
+        """Of an object in bytes, None if there is none."""
+        where = self.where(key)
+        try:
+            return self.send(lambda s3: s3.head_object(**where), key)["ContentLength"]
+        except MissingObjectError:
+            self._check_bucket()
+            return None
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _check_bucket(self) -> None:
+        """Once: the answer to HEAD has no body, so that a missing bucket looks like a missing object."""
+        if not self._bucket_seen:
+            try:
+                self.send(lambda s3: s3.head_bucket(Bucket=self.bucket))
+            except MissingObjectError as error:
+                raise self._explainer.no_bucket() from error
+            self._bucket_seen = True
+
+    def _locked_until(self) -> datetime:
+        return datetime.now(UTC) + timedelta(days=self._options.lock_days)
+
+    def _connect(self) -> S3Client:
+        ca = self._options.ca
+        if ca and not Path(ca).is_file():
+            raise NotFoundError(f"there is no file {ca} of authorities on this worker's host", "check ca=")
+        try:
+            client = self._new_client()
+        except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that boto3 cannot read
+            explainer = Explainer(self.name, self.bucket, self._options.endpoint)
+            explained = explainer.explain(error, "")
+            raise explained if isinstance(explained, FlushpointError) else explainer.unusable(error) from error
+        if not self.checksums:
+            for operation in _NEED_CHECKSUM:
+                client.meta.events.register(f"before-call.s3.{operation}", _send_md5)
+        return client
+
+    def _new_client(self) -> S3Client:
+        options = self._options
+        config = Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
+            tcp_keepalive=True,
+            max_pool_connections=MOST_REQUESTS,
+            retries={"total_max_attempts": 1, "mode": "standard"},  # see retry.py
+            request_checksum_calculation=options.checksums,
+            response_checksum_validation=options.checksums,
+            s3={"addressing_style": options.addressing, "payload_signing_enabled": False},
+        )
+        session = boto3.session.Session(profile_name=options.profile or None)
+        client: S3Client = session.client(
+            "s3",
+            region_name=options.region or None,
+            endpoint_url=options.endpoint or None,
+            verify=options.ca or None,
+            config=config,
+        )
+        return client
+
+
+class Body:
+    """A file of the bytes of a buffer, which are not copied: what urllib3 reads is sent as it is."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def read(self, size: int = -1) -> memoryview:
+        end = len(self._data) if size < 0 else self._position + size
+        data = self._data[self._position : end]
+        self._position += len(data)
+        return data
+
+    def seek(self, position: int) -> int:
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        return self._position
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
+def body_of(data: memoryview) -> Any:
+    """What to give boto3 for one attempt to send `data`. A bytearray is sent at once, a file after 100 Continue."""
+    return bytearray(data) if len(data) < _WAITED_FOR_BYTES else Body(data)
+
+
+def _send_md5(params: dict[str, Any], **_: object) -> None:
+    """With checksums=when_required: where S3 demands a checksum, send the one that every server has known since 2006.
+
+    botocore sends a CRC-32 instead, and older S3-compatibles refuse that: MissingContentMD5.
+    """
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+    params["context"].get("checksum", {}).pop("request_algorithm", None)
