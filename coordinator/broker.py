@@ -10,6 +10,10 @@ from kombu import Queue
 from coordinator.model.messages import DOORBELL_TASK, MOVER_ROLE, Doorbell
 from coordinator.settings import Settings
 
+SILENCE_S = 5.0
+"""RabbitMQ: how long it may take to confirm a doorbell, or to answer at all. Without a limit a broker that hangs would
+be waited for until it is back, and one that is gone without a word for ever."""
+
 
 def queue_of(role: str) -> str:
     return f"flushpoint.{role}"
@@ -41,8 +45,9 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue=queue_of(MOVER_ROLE),
         task_create_missing_queues=False,
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # of a worker, which would end after the default, an outage of an hour
         broker_pool_limit=4,
-        broker_transport_options=_transport_options(settings) if is_redis else {"confirm_publish": True},
+        broker_transport_options=_redis_options(settings) if is_redis else _amqp_options(),
         worker_detect_quorum_queues=True,
     )
     return app
@@ -55,10 +60,19 @@ def ring(app: Celery, bell: Doorbell) -> None:
         args=[bell.model_dump()],
         queue=queue_of(bell.role),
         retry=False,  # the next cycle rings again
+        confirm_timeout=SILENCE_S,
     )
 
 
-def _transport_options(settings: Settings) -> dict[str, object]:
+def _amqp_options() -> dict[str, object]:
+    return {
+        "confirm_publish": True,
+        "read_timeout": SILENCE_S,  # also while the connection of an unconfirmed doorbell is closed
+        "write_timeout": SILENCE_S,
+    }
+
+
+def _redis_options(settings: Settings) -> dict[str, object]:
     return {
         "visibility_timeout": settings.visibility_timeout_s,
         "socket_timeout": 15.0,  # redis-py's default is none: a half-open connection would hang for ever

@@ -1,5 +1,7 @@
 """Settings: FLUSHPOINT_* in the environment over the TOML file $FLUSHPOINT_CONFIG; see config/flushpoint.toml.
 
+Below both lie the defaults of whoever starts this process, one JSON object in $FLUSHPOINT_DEFAULTS: the embedded
+stack allows all that its user may do, unless that user says otherwise, in whichever of the two places.
 Timeouts that depend on each other are checked together, when the settings load.
 """
 
@@ -7,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -32,7 +36,8 @@ _SEPARATORS = {"allowed_roots": ":", "allowed_endpoints": ","}  # a path may hol
 class Settings(BaseSettings):
     """Times are in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="FLUSHPOINT_", extra="ignore", frozen=True)
+    # A misspelt name in the file is an error: a limit that does nothing is worse than none.
+    model_config = SettingsConfigDict(env_prefix="FLUSHPOINT_", extra="forbid", frozen=True)
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     """The ledger: Redis or Valkey with AOF and maxmemory-policy noeviction. redis://, rediss:// or unix://."""
@@ -50,6 +55,8 @@ class Settings(BaseSettings):
     """How long a woken worker goes on claiming before it gives its slot back to the broker."""
     allowed_roots: Annotated[tuple[str, ...], NoDecode] = ()
     """Directories under which a worker reads and writes files; none: no files at all. As text /a:/b or JSON."""
+    cache_dir: str = ""
+    """Where a worker remembers which blocks a repository holds already; "": it does not, and stores them once more."""
     allowed_endpoints: Annotated[tuple[str, ...], NoDecode] = ()
     """NBD peers a worker may talk to: CIDR, host, host:port; "*" allows all but link-local and metadata addresses.
     As text separated by commas, or JSON."""
@@ -65,6 +72,10 @@ class Settings(BaseSettings):
     retry_delay_s: float = Field(default=1.0, ge=0)
     quarantine_s: float = Field(default=5.0, ge=0)
     """Beyond the lease, how long a write of a dead holder may still be on its way to a mutable target."""
+
+    keep_concluded: int = Field(default=1000, ge=100)
+    """Concluded jobs that are kept; older ones are dismissed. Not so few that one is gone before whoever waits for it
+    has seen how it ended."""
 
     depth: int = Field(default=16, ge=1, le=128)
     """Requests in flight of one mover."""
@@ -88,8 +99,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        toml = TomlConfigSettingsSource(settings_cls, os.environ.get("FLUSHPOINT_CONFIG"))
-        return init_settings, env_settings, toml
+        toml = TomlConfigSettingsSource(settings_cls, _config_file())
+        starter = InitSettingsSource(settings_cls, json.loads(os.environ.get("FLUSHPOINT_DEFAULTS") or "{}"))
+        return init_settings, env_settings, toml, starter
 
     @field_validator("allowed_roots", "allowed_endpoints", mode="before")
     @classmethod
@@ -149,13 +161,24 @@ class Settings(BaseSettings):
 
 def load_settings() -> Settings:
     """Settings of this process; UsageError names what does not fit."""
+    file = _config_file()
     try:
+        if file is not None:
+            file.open().close()  # pydantic-settings takes a file that is not there for an empty one
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        where = f"FLUSHPOINT_{name.upper()}" if name else "the settings"
         reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{where}: {reason}", "see config/flushpoint.toml") from None
+        if first["type"] == "extra_forbidden":
+            name, reason = f"{name} in {file}", "there is no such setting"
+        elif name:
+            name = f"FLUSHPOINT_{name.upper()}"
+        raise UsageError(f"{name or 'the settings'}: {reason}", "see config/flushpoint.toml") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the settings: {error}", "check $FLUSHPOINT_CONFIG") from None
+
+
+def _config_file() -> Path | None:
+    chosen = os.environ.get("FLUSHPOINT_CONFIG")
+    return Path(chosen) if chosen else None

@@ -54,12 +54,15 @@ class JobPage(BaseModel):
 
 
 class Health(BaseModel):
-    """`workers` maps the name of each living worker to its slots."""
+    """`leader`: the coordinator that answers leads; `led`: that one, or another. `workers` maps the name of each living
+    worker to its slots. `warnings`: what the configuration may cost, each in a sentence with what to do about it."""
 
     status: str
     version: str
     leader: bool
+    led: bool
     workers: dict[str, int]
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True)

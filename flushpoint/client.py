@@ -261,15 +261,24 @@ class _Retry:
 
 def _endpoint(address: str) -> tuple[str, str]:
     """Base URL and path of the unix socket, "" for TCP."""
-    scheme, separator, rest = address.partition("://")
+    scheme, _, rest = address.partition("://")
     if scheme == "unix" and rest.startswith("/"):
         return "http://flushpoint", rest
-    if scheme in ("http", "https") and separator and rest:
+    if scheme in ("http", "https") and _is_url_of_host(address):
         return address.rstrip("/"), ""
     raise UsageError(
         f"{address!r} is no address of an API",
         "set FLUSHPOINT_API to http://host:port or unix:///path/to/api.sock",
     )
+
+
+def _is_url_of_host(address: str) -> bool:
+    try:
+        url = httpx.URL(address)
+        url.host.encode("idna")  # as the resolver will do, which says so in no error of httpx
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+    return url.host != "" and (url.port is None or 0 < url.port < 65536)
 
 
 def _request(http: httpx.Client | httpx.AsyncClient, call: Call[Any]) -> httpx.Request:

@@ -64,7 +64,7 @@ def examine() -> list[Finding]:
             _ability(state, "punch-hole", _punch_hole, "zeroes take space in copies here"),
             _ability(state, "copy_file_range", _copy_file_range, "file copies here go through user space"),
         ]
-    return [*findings, _stack(state), _api(state)]
+    return [*findings, _stack(state), *_deployment(state)]
 
 
 def _python() -> Finding:
@@ -141,18 +141,41 @@ def _stack(state: StateDir) -> Finding:
     return Finding("embedded stack", pid is not None, False, detail)
 
 
-def _api(state: StateDir) -> Finding:
-    """The API that commands would talk to now; without $FLUSHPOINT_API it may simply not be started yet."""
+def _deployment(state: StateDir) -> list[Finding]:
+    """What commands would talk to now; without $FLUSHPOINT_API it may simply not be started yet."""
     chosen = os.environ.get("FLUSHPOINT_API", "")
     if not chosen and embedded.supervisor_pid(state) is None:
-        return Finding("API", False, False, f"{state.address} is not started yet")
+        return [Finding("API", False, False, f"{state.address} is not started yet")]
     from flushpoint.client import Client
 
     try:
         with Client(chosen or state.address) as client:
             health = client.health()
     except FlushpointError as error:
-        return Finding("API", False, True, error.message, error.remedy)
-    slots = sum(health.workers.values())
-    detail = f"{chosen or state.address}, version {health.version}, {len(health.workers)} workers, {slots} slots"
-    return Finding("API", True, True, detail, "")
+        return [Finding("API", False, True, error.message, error.remedy)]
+    log = "" if chosen else f"; the embedded stack's log is {state.log}"
+    workers, slots = len(health.workers), sum(health.workers.values())
+    return [
+        Finding("API", True, True, f"{chosen or state.address}, version {health.version}"),
+        Finding(
+            "coordinator",
+            health.led,
+            True,
+            "one leads" if health.led else "none leads: no job goes on",
+            f"see the coordinators' logs; after one was killed, another leads within leader_ttl_s{log}",
+        ),
+        Finding(
+            "workers",
+            slots > 0,
+            True,
+            f"{_count(workers, 'worker')} with {_count(slots, 'slot')}",
+            f"start one with: flushpoint worker{log}",
+        ),
+        Finding(
+            "ledger", not health.warnings, False, "; ".join(health.warnings) or "its server is set up as it should be"
+        ),
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -29,7 +29,8 @@ from urllib.parse import quote
 from coordinator.model.errors import RefusedError, UnavailableError, UsageError
 from flushpoint.embedded import StateDir, locked
 
-DEFAULT_SLOTS = 2
+DEFAULTS = {"allowed_roots": ["/"], "allowed_endpoints": ["*"]}
+"""The stack acts for the user who owns its sockets: the kernel checks what that user may do."""
 LOCK_WAIT_S = 0.5
 """A client that looks who holds the lock holds it for a moment itself."""
 OLD_VALKEY_WAIT_S = 10.0
@@ -73,8 +74,8 @@ class Part:
     """Monotonic time of the next start."""
 
 
-def run(state: StateDir, environ: Mapping[str, str]) -> int:
-    """Hold the stack until a signal ends it; the exit code.
+def run(state: StateDir, environ: Mapping[str, str], announce: Callable[[], None]) -> int:
+    """Hold the stack until a signal ends it; the exit code. `announce` is called once it is sure that we do.
 
     RefusedError if a stack already runs on `state`, UnavailableError if a part cannot be kept alive.
     """
@@ -90,10 +91,12 @@ def run(state: StateDir, environ: Mapping[str, str]) -> int:
                     f"the Valkey of an earlier stack still holds {state.path}",
                     f"find it with: fuser {state.valkey_lock}",
                 )
+            parts = _parts(state, environ, data_lock)
+            announce()
             previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             os.chdir(state.path)
             try:
-                return Supervisor(state, _parts(state, environ, data_lock)).run()
+                return Supervisor(state, parts).run()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
@@ -209,14 +212,14 @@ def _parts(state: StateDir, environ: Mapping[str, str], data_lock: int) -> tuple
 
 
 def environment(state: StateDir, environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings of coordinator and worker: the user's, then what makes them this stack's."""
+    """The settings of coordinator and worker: what the user says, in the environment or the file, goes before the
+    stack's defaults, and what makes them this stack's before all. The parts run in another directory than the user."""
     valkey = quote(str(state.valkey_socket))
+    config = environ.get("FLUSHPOINT_CONFIG")
     return {
-        "FLUSHPOINT_WORKER_SLOTS": str(DEFAULT_SLOTS),
-        # The stack acts for the user who owns its sockets: the kernel checks what that user may do.
-        "FLUSHPOINT_ALLOWED_ROOTS": json.dumps(["/"]),
-        "FLUSHPOINT_ALLOWED_ENDPOINTS": json.dumps(["*"]),
         **environ,
+        **({"FLUSHPOINT_CONFIG": str(Path(config).absolute())} if config else {}),
+        "FLUSHPOINT_DEFAULTS": json.dumps(DEFAULTS),
         "FLUSHPOINT_STATE_DIR": str(state.path),
         "FLUSHPOINT_REDIS_URL": f"unix://{valkey}?db=0",
         "FLUSHPOINT_BROKER_URL": f"redis+socket://{valkey}?virtual_host=1",

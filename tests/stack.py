@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from coordinator.model.errors import UnavailableError
 from coordinator.model.job import JobSpec, State
 from coordinator.model.view import JobView
 from flushpoint.client import Client
+from workers.nbd.connection import connect
+from workers.nbd.endpoint import Endpoint
 
 START_S = 20.0
 MIB = 1024 * 1024
@@ -53,6 +56,10 @@ class Process:
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
             )
         self.pid = self._child.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._child.returncode
 
     def family(self) -> list[psutil.Process]:
         """This process and all its descendants."""
@@ -100,7 +107,7 @@ class Stack:
             "FLUSHPOINT_RENEW_S": "0.1",
             "FLUSHPOINT_CYCLE_S": "0.2",
             "FLUSHPOINT_QUARANTINE_S": "0.5",
-            "FLUSHPOINT_RETRY_DELAY_S": "0.1",
+            "FLUSHPOINT_RETRY_DELAY_S": "0.3",
             **(env or {}),
         }
         self.processes: dict[str, Process] = {}
@@ -251,6 +258,31 @@ class Nbdkit(Process):
 
     def __exit__(self, *_: object) -> None:
         self.terminate()
+
+
+class Writer:
+    """Writes to an export again and again, as a guest would, until told to stop."""
+
+    def __init__(self, uri: str) -> None:
+        self._connection = connect(Endpoint.parse(uri))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._write)
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._connection.flush()
+        self._connection.close()
+
+    def _write(self) -> None:
+        n = 0
+        while not self._stop.wait(0.001):
+            n += 1
+            self._connection.write(n * 65536 % self._connection.size, n.to_bytes(8, "big") * 512)
 
 
 def stop_process(pid: int) -> None:

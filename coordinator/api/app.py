@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import FastAPI, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.api import problems
+from coordinator.api.feed import EventFeed
 from coordinator.ledger.contract import ConflictError, Ledger, NewEvent, Versioned
 from coordinator.model.errors import RefusedError, UsageError
 from coordinator.model.job import JobRecord, JobSpec, State, Verb
@@ -22,8 +24,6 @@ from coordinator.model.view import JobView
 API_VERSION = "0.1.0"
 CAS_TRIES = 20
 """A verb competes with the control loop and with movers; each try reads the job afresh."""
-LOOK_AGAIN_S = 2.0
-"""A waiting request is woken by events; this bounds what a lost one could cost."""
 
 
 class VerbBody(BaseModel):
@@ -55,13 +55,22 @@ class EventPage(BaseModel):
 class Health(BaseModel):
     status: str
     version: str
-    leader: bool
+    leader: bool = Field(description="the coordinator that answers leads")
+    led: bool = Field(description="that one leads, or another")
     workers: dict[str, int]
+    warnings: list[str] = Field(description="what the configuration of the ledger's server may cost")
 
 
-def make_api(ledger: Ledger, leads: Callable[[], bool]) -> FastAPI:
-    """The application; handlers are plain functions, so that each blocking call has a thread of its own."""
-    app = FastAPI(title="Flushpoint", version=API_VERSION)
+def make_api(ledger: Ledger, leads: Callable[[], bool], feed: EventFeed) -> FastAPI:
+    """The application. Handlers are plain functions, each blocking call in a thread of its own, of which there are
+    forty; but those that wait for something to happen do so in `feed`, and use a thread only to look."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with feed.running():
+            yield
+
+    app = FastAPI(title="Flushpoint", version=API_VERSION, lifespan=lifespan)
     problems.install(app)
 
     def shown(versioned: Versioned) -> JobView:
@@ -70,13 +79,20 @@ def make_api(ledger: Ledger, leads: Callable[[], bool]) -> FastAPI:
     @app.get("/v1/health")
     def health() -> Health:
         ledger.ping()
-        return Health(status="ok", version=API_VERSION, leader=leads(), workers=ledger.workers())
+        return Health(
+            status="ok",
+            version=API_VERSION,
+            leader=leads(),
+            led=ledger.led(),
+            workers=ledger.workers(),
+            warnings=[f"the ledger's server: {shortcoming}" for shortcoming in ledger.shortcomings()],
+        )
 
     @app.post("/v1/jobs", status_code=201)
     def submit(spec: JobSpec, idempotency_key: Annotated[str, Header(max_length=255)] = "") -> JobView:
-        for name in (spec.source, spec.target):
+        for name in (spec.source, spec.target) if spec.task is None else ():
             parse(name)
-        if spec.source == spec.target:
+        if spec.task is None and spec.source == spec.target:
             raise RefusedError(f"source and target are both {spec.source}", "name another target")
         job = ledger.submit(secrets.token_hex(8), spec, idempotency_key)
         return shown(ledger.job(job.id))
@@ -87,20 +103,13 @@ def make_api(ledger: Ledger, leads: Callable[[], bool]) -> FastAPI:
         return JobPage(jobs=[_view(job) for job in page], next=page[-1].id if len(page) == limit else None)
 
     @app.get("/v1/jobs/{job_id}")
-    def job(
+    async def job(
         job_id: str,
         wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
         until: str = State.CONCLUDED,
     ) -> JobView:
         wanted = _states(until)
-        deadline = time.monotonic() + wait
-        while True:
-            last = ledger.last_event_id() if wait else ""  # before the look, or a change between the two is missed
-            found = ledger.job(job_id)
-            left = deadline - time.monotonic()
-            if found.job.state in wanted or left <= 0:
-                return shown(found)
-            ledger.events(last, limit=1, wait_s=min(LOOK_AGAIN_S, left))
+        return shown(await feed.wait_for(lambda: ledger.job(job_id), lambda at: at.job.state in wanted, job_id, wait))
 
     @app.post("/v1/jobs/{job_id}/{verb}", response_model=None, responses={200: {"model": JobView}})
     def act(job_id: str, verb: Verb, response: Response, body: VerbBody | None = None) -> JobView | Response:
@@ -114,28 +123,34 @@ def make_api(ledger: Ledger, leads: Callable[[], bool]) -> FastAPI:
                     ledger.dismiss(job_id, found.version)
                     return Response(status_code=204)
                 events = [NewEvent(name, data) for name, data in step.events]
-                ledger.update(job_id, found.version, step.changes, events=events)
+                ledger.update(
+                    job_id, found.version, step.changes, events=events, retry_quarantined=step.retry_quarantined
+                )
             except ConflictError:
                 continue
             return shown(ledger.job(job_id))
         raise ConflictError(f"job {job_id} changes too fast to {verb}", "try again")
 
     @app.get("/v1/events")
-    def events(
+    async def events(
         after: Annotated[str, Query(pattern=r"^\d+(-\d+)?$")] = "0",
         job: str = "",
         wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> EventPage:
-        deadline = time.monotonic() + wait
-        while True:
-            # Other jobs' events are passed over, so the place to go on from is the newest one seen.
+        position = after
+
+        def look() -> EventPage:
+            nonlocal position
             last = ledger.last_event_id()
-            found = ledger.events(after, limit=limit, job_id=job)
-            if found or time.monotonic() >= deadline:
-                records = [EventRecord.model_validate(event) for event in found]
-                return EventPage(events=records, next=records[-1].id if records else after if not job else last)
-            ledger.events(last, limit=1, wait_s=min(LOOK_AGAIN_S, max(0.01, deadline - time.monotonic())))
+            records = [EventRecord.model_validate(e) for e in ledger.events(position, limit=limit, job_id=job)]
+            if records:
+                position = records[-1].id
+            elif job:
+                position = last  # other jobs' events are passed over, once
+            return EventPage(events=records, next=position)
+
+        return await feed.wait_for(look, lambda page: bool(page.events), job, wait)
 
     return app
 

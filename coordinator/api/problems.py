@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.ledger.contract import ConflictError
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError, UsageError
@@ -31,8 +34,34 @@ def problem(status: int, title: str, detail: str, remedy: str, code: str) -> JSO
     return JSONResponse(body, status, media_type="application/problem+json")
 
 
+class _CancelledIsUnavailable:
+    """The server cancels what is still at work when its time to stop is over, and would answer with a bare 500, which
+    says that Flushpoint is broken. Nothing is: the same call may be made again."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except asyncio.CancelledError:
+            if has_begun or scope["type"] != "http":
+                raise
+            stopping = UnavailableError("the coordinator stopped before it was done with this", "ask again")
+            answer = problem(503, "Unavailable", stopping.message, stopping.remedy, stopping.code)
+            await answer(scope, receive, send)
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of ours, of validation and of routing with a problem document."""
+    app.add_middleware(_CancelledIsUnavailable)
 
     @app.exception_handler(FlushpointError)
     def ours(request: Request, error: FlushpointError) -> JSONResponse:

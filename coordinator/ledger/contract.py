@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.events import EventName
 from coordinator.model.job import Event, JobRecord, JobSpec
-from coordinator.model.units import Claim, Directive, PlannedUnit, UnitKind
+from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
 
 
 class DeposedError(FlushpointError):
@@ -60,6 +60,9 @@ class Finished(enum.StrEnum):
     """This token finished this unit before; nothing was counted again."""
     STALE = "stale"
     """The lease was lost; nothing was counted."""
+    AGAIN = "again"
+    """A flush of the job failed while the unit was leased, and another's may have been the one that was told: the
+    unit is ready again, to be written anew; nothing was counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +90,17 @@ class Ledger(Protocol):
     def ping(self) -> None:
         """UnavailableError when the server does not answer or refuses writes."""
 
+    def shortcomings(self) -> list[str]:
+        """What the server's configuration may cost, each in a sentence with what to do about it; [] as it should be."""
+
     def run_is_known(self) -> bool:
         """False when the server's run_id is not the one recorded by `adopt_run`: it restarted, may have lost
         writes, and hands out no claims until a leader adopts it."""
 
     def adopt_run(self, term: Term, hold_ms: int) -> int:
         """Record the server's run_id, make every leased unit ready and suspect (expired += 1), and hand out
-        no claim for `hold_ms` (the longest lease granted before), unless no run was recorded yet.
+        no claim for `hold_ms` (the longest lease granted before), unless no run was recorded yet, or none any more
+        (`resign`).
         Returns the number of units made ready."""
 
     # -- leadership -----------------------------------------------------------------------------------------
@@ -101,12 +108,17 @@ class Ledger(Protocol):
         """Become or stay leader for `ttl_ms`; None while another leads. A new term's generation is greater
         than any before and greater than `at_least`."""
 
-    def resign(self, term: Term) -> None: ...
+    def led(self) -> bool:
+        """Whether anybody leads."""
+
+    def resign(self, term: Term) -> None:
+        """Leave leadership, unless it was lost. If nobody holds a lease, the recorded run is forgotten: no claims until
+        the next leader has adopted the server's run, for which nobody has to wait then."""
 
     # -- jobs -------------------------------------------------------------------------------------------------
     def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "") -> JobRecord:
-        """Create the job (state created) and wake the leader. The same id, or the same non-empty
-        idempotency key with an equal spec, returns the job that exists; with another spec it raises
+        """Create the job (state created, with its JOB_STATUS_CHANGE) and wake the leader. The same id, or the same
+        non-empty idempotency key with an equal spec, returns the job that exists; with another spec it raises
         RefusedError. The record is flushed to the AOF before this returns where the server can (WAITAOF)."""
 
     def job(self, job_id: str) -> Versioned:
@@ -127,18 +139,24 @@ class Ledger(Protocol):
         events: Sequence[NewEvent] = (),
         new_unit: NewUnit | None = None,
         drop_units: bool = False,
+        retry_quarantined: bool = False,
         term: Term | None = None,
     ) -> JobRecord:
         """Apply `changes` (fields of JobRecord) if the job still has `version`, else ConflictError; append
         the events (and a JOB_STATUS_CHANGE {status} when `state` changes: before them, but after them when the
         job is concluded, as QEMU orders them); add `new_unit`; wake the leader.
         `drop_units` forgets all units of the job and zeroes its unit counters (a new pass, or an abort),
-        before the changes and `new_unit` apply: later finishes of them are stale. `term` given:
+        before the changes and `new_unit` apply: later finishes of them are stale. `retry_quarantined` makes
+        given-up units ready again, oldest first, and counts their attempts from the start. A new state, a new speed
+        and dropped units restart the measuring of the rate (coordinator.model.progress). `term` given:
         DeposedError unless current. Unit steps do not change a job's version, except those that wake the
         leader (see below). A job whose state becomes concluded leaves `active_jobs`."""
 
-    def dismiss(self, job_id: str, version: int) -> None:
-        """Forget a concluded job and all its records."""
+    def surplus(self, keep: int) -> list[str]:
+        """Ids of concluded jobs beyond the `keep` that concluded last, oldest first; a bounded number."""
+
+    def dismiss(self, job_id: str, version: int, term: Term | None = None) -> None:
+        """Forget a concluded job and all its records; its last JOB_STATUS_CHANGE says null. `term` as in update."""
 
     def next_wake(self, timeout_s: float) -> str | None:
         """Block until a job wants the control loop's attention; its id, or None at the time limit."""
@@ -185,14 +203,19 @@ class Ledger(Protocol):
         bytes_read: int = 0,
         bytes_sent: int = 0,
         digest: str = "",
+        result: str = "",
     ) -> Finished:
-        """The unit is done; adds its bytes to `offset`, bytes_read, bytes_sent, pass_sent once. A plan unit
-        sets plan_done, a settle unit settled. Wakes the leader when it is a plan or settle unit, when no unit
+        """The unit is done; adds its bytes to `offset`, bytes_read, bytes_sent, pass_sent once, and a `result` that is
+        not empty to the job's results. A plan unit sets plan_done, a settle or task unit settled, a publish unit
+        published, an abandon unit abandoned. Wakes the leader when it is a plan or settle unit, when no unit
         of the job is ready or leased any more, and when none is leased of a job that may not run (it waits
         for that to pause or conclude; release and reap wake it for the same).
 
         A token is valid until reap takes the lease away, even past its time. The same finish again is
         ALREADY for one hour, then STALE."""
+
+    def results(self, job_id: str) -> list[str]:
+        """What the finished units of the job's current pass left, in the order of their finishing."""
 
     def release(
         self,
@@ -205,6 +228,7 @@ class Ledger(Protocol):
         bytes_read: int,
         bytes_sent: int,
         count_attempt: bool,
+        flush_failed: bool = False,
         delay_ms: int = 0,
         max_attempts: int = 0,
         events: Sequence[NewEvent] = (),
@@ -218,7 +242,12 @@ class Ledger(Protocol):
         changes. A copy or compare unit without remaining extents must be finished, not released: ValueError.
 
         Of a unit whose lease had expired before, all extents remain and `done_bytes` counts nothing: its next
-        holder does all of it again, so that the digest of `suspects` covers whatever a zombie may write to."""
+        holder does all of it again, so that the digest of `suspects` covers whatever a zombie may write to.
+
+        `flush_failed`: what was written since the last good flush may be lost, and shows all the same where it is
+        read. The unit's next claims say `rewrite`. Kernel and server tell of it once, to one of those who write, so
+        every other copy unit whose lease overlapped this one is undone (its bytes leave `offset`) and to be rewritten
+        too: a done one is ready again, a leased one is when its holder finishes it (AGAIN) or gives it back."""
 
     def reap(self, term: Term, max_attempts: int) -> list[str]:
         """Make units ready whose lease has expired (expired += 1, attempts counted; quarantined at
@@ -234,8 +263,8 @@ class Ledger(Protocol):
         leave `offset`; they stay suspects; a failed attempt counts, and they are quarantined at `max_attempts`),
         end the settle unit without setting settled, and wake the leader. False: stale."""
 
-    def quarantined(self, job_id: str) -> list[tuple[int, int]]:
-        """(start, end) in bytes of each quarantined unit."""
+    def quarantined(self, job_id: str) -> list[QuarantinedUnit]:
+        """The units that were given up, by where they lie."""
 
     def take(self, job_id: str, want: int, speed: int, burst: int) -> int:
         """Token bucket shared by all workers of a job: takes `want` bytes and returns the milliseconds to

@@ -8,12 +8,14 @@ Times are milliseconds of the server's clock unless said otherwise. "leader" bel
 key                 type    meaning                                                                written by
 ==================  ======  =====================================================================  ==================
 leader              hash    generation (kept for ever), nonce, until                               lead, resign
-run                 string  run_id of the server's run that a leader adopted                       adopt_run
+run                 string  run_id of the server's run that a leader adopted                       adopt_run, resign
 hold                string  no claims before this time                                             adopt_run
 job:JOB             hash    a field per field of JobRecord (spec as JSON, booleans 0 and 1),       submit, update,
-                            version, _incarnation, _next_unit (of its units), _targets             all unit steps
+                            version, _incarnation, _next_unit (of its units), _claims (copy units  all unit steps
+                            claimed so far), _targets
 jobs                zset    all jobs by µs of creation                                             submit, dismiss
 active              set     jobs that are not concluded                                            submit, update
+concluded           zset    the others by µs of their end                                          update, dismiss
 targets             hash    name of a target: the active job that writes it                        reserve, update
 idem:KEY            string  the job that an idempotency key created; 24 h                          submit
 incarnations        string  counter: a job gets a new one when it is created or drops its units    submit, update
@@ -21,11 +23,18 @@ unit:JOB/UNIT       hash    UNIT is INCARNATION-NUMBER. kind, pass, start, end, 
                             remaining (extents, once some are done), counted (bytes of it in the
                             job's offset), state (ready, leased, delayed, done, quarantined),
                             token, until, worker, failures (counted attempts), expired,
-                            expired_at, digest. Deleted when done, unless a lease of it expired
+                            expired_at, digest, rewrite (1: comparing it proves nothing), spoilt
+                            (its lease's: see lose_flush), cause (JSON of the event it was given up
+                            with). Deleted when done, unless a lease of it expired, once it is not
+                            among the recent ones any more
 ready:JOB           list    units to claim, first at the left                                      unit steps, reap
-leased:JOB          set     leased units                                                           unit steps, reap
+leased:JOB          zset    leased units: copy units by number of their claim, others at +inf      unit steps, reap
+recent:JOB          zset    copy units done, all or in part, while a lease lasts that began before finish, release,
+                            by how many were claimed until then                                    pruned with a lease
+results:JOB         list    what units of the pass left with finish                                finish
 suspects:JOB        set     done units one of whose leases expired                                 finish, redo
-quarantined:JOB     set     units given up                                                         release, reap
+quarantined:JOB     set     units given up                                                         release, reap,
+                                                                                                   redo, update
 leases              zset    JOB/UNIT by the end of its lease                                       unit steps, reap
 delayed             zset    JOB/UNIT by the end of its delay                                       release, reap
 runnable            zset    jobs a unit of which may be claimed now, by turn                       all that changes it
@@ -37,7 +46,8 @@ wake                zset    jobs that want the control loop's attention, by µs 
 bells:ROLE          zset    outstanding doorbells by time of ringing                               ring, woken
 workers             zset    workers by the time they are taken for dead                            worker_alive, _gone
 worker_facts        hash    worker: "slots role"                                                   worker_alive, _gone
-events              stream  event, job, time (s), data (JSON); about the last 100,000              update, release
+events              stream  event, job, time (s), data (JSON); about the last 100,000              submit, update,
+                                                                                                   dismiss, release
 probe               string  written by ping, to learn whether the server takes writes; 1 s         ping
 ==================  ======  =====================================================================  ==================
 """
@@ -58,6 +68,10 @@ class Keys:
     @property
     def active(self) -> str:
         return f"{self.prefix}active"
+
+    @property
+    def concluded(self) -> str:
+        return f"{self.prefix}concluded"
 
     @property
     def events(self) -> str:

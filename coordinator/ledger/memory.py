@@ -16,17 +16,25 @@ from typing import Any
 from coordinator.ledger.contract import Finished, NewEvent, NewUnit, SuspectUnit, Term, Versioned
 from coordinator.ledger.records import OPENED_FIELDS, RELEASE_FIELDS, UPDATE_FIELDS, checked
 from coordinator.ledger.redis_fleet import FIRST_EVENT_ID, checked_event_id
-from coordinator.ledger.redis_jobs import conflict, deposed, missing, not_concluded, refused_spec
-from coordinator.ledger.redis_units import READY_BOUND, REAP_UNITS, empty_release
+from coordinator.ledger.redis_jobs import SURPLUS_JOBS, conflict, deposed, missing, not_concluded, refused_spec
+from coordinator.ledger.redis_units import READY_BOUND, REAP_UNITS, empty_release, error_in
 from coordinator.model.events import EventName
 from coordinator.model.extent import pack_extents
 from coordinator.model.job import Event, JobRecord, JobSpec, State
-from coordinator.model.units import Claim, Directive, PlannedUnit, UnitKind
+from coordinator.model.progress import RATE_WINDOW_S
+from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
 
 _DONE_MS = 3_600_000
 _IDEMPOTENCY_MS = 86_400_000
 _EVENTS = 100_000
 _RUNS = frozenset({State.RUNNING, State.READY, State.WAITING})
+_RECORDED = {
+    UnitKind.PLAN: "plan_done",
+    UnitKind.SETTLE: "settled",
+    UnitKind.TASK: "settled",
+    UnitKind.PUBLISH: "published",
+    UnitKind.ABANDON: "abandoned",
+}
 
 
 @dataclass(slots=True)
@@ -48,6 +56,12 @@ class _Unit:
     expired: int = 0
     expired_at: int = 0
     digest: str = ""
+    cause: Mapping[str, Any] | None = None
+    """Data of the event it was given up with."""
+    rewrite: bool = False
+    spoilt: bool = False
+    """Of the lease: ends with it."""
+    done: bool = False
 
 
 @dataclass(slots=True)
@@ -58,12 +72,19 @@ class _Job:
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     units: dict[str, _Unit] = field(default_factory=dict)
     ready: deque[str] = field(default_factory=deque)
+    claims: int = 0
+    leased: dict[str, int] = field(default_factory=dict)
+    """Leased copy units by the number of their claim, which is their order too."""
+    recent: dict[str, int] = field(default_factory=dict)
     suspects: set[str] = field(default_factory=set)
+    results: list[str] = field(default_factory=list)
     quarantined: set[str] = field(default_factory=set)
 
     @property
     def may_run(self) -> bool:
         job = self.record
+        if job.state is State.ABORTING and job.closing:
+            return True
         return job.state in _RUNS and not (job.pause_requested or job.cancel_requested or job.fatal)
 
     @property
@@ -101,6 +122,7 @@ class MemoryLedger:
         self._leader = ""
         self._leads_until = 0
         self._jobs: dict[str, _Job] = {}
+        self._concluded: dict[str, None] = {}
         self._idempotency: dict[str, tuple[str, int]] = {}
         self._incarnations = itertools.count(1)
         self._turns = itertools.count(1)
@@ -120,6 +142,9 @@ class MemoryLedger:
     # -- the server -------------------------------------------------------------------------------------------
     def ping(self) -> None:
         """Always answers."""
+
+    def shortcomings(self) -> list[str]:
+        return []
 
     def restart(self) -> None:
         """As if the server had restarted without losing a write."""
@@ -157,10 +182,16 @@ class MemoryLedger:
             self._leads_until = self._now_ms() + ttl_ms
             return Term(self._generation, nonce)
 
+    def led(self) -> bool:
+        with self._changed:
+            return self._leader != "" and self._leads_until > self._now_ms()
+
     def resign(self, term: Term) -> None:
         with self._changed:
             if term == Term(self._generation, self._leader):
                 self._leader = ""
+                if not self._held_back() and not self._leases:
+                    self._adopted_run = 0
 
     # -- jobs -------------------------------------------------------------------------------------------------
     def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "") -> JobRecord:
@@ -174,6 +205,7 @@ class MemoryLedger:
             if job is None:
                 record = JobRecord(id=job_id, spec=spec, speed=spec.speed, created_at=self._clock())
                 job = self._jobs[job_id] = _Job(record, 1, next(self._incarnations))
+                self._emit(job_id, [_status("created")])
                 self._wake(job_id)
             if idempotency_key:
                 self._idempotency[idempotency_key] = (job_id, self._now_ms() + _IDEMPOTENCY_MS)
@@ -203,6 +235,7 @@ class MemoryLedger:
         events: Sequence[NewEvent] = (),
         new_unit: NewUnit | None = None,
         drop_units: bool = False,
+        retry_quarantined: bool = False,
         term: Term | None = None,
     ) -> JobRecord:
         checked(changes, UPDATE_FIELDS)
@@ -210,14 +243,20 @@ class MemoryLedger:
             if term is not None:
                 self._fence(term)
             job = self._versioned(job_id, version)
-            before = job.record.state
+            before, old_speed = job.record.state, job.record.speed
             if drop_units:
                 self._forget_units(job)
+            if retry_quarantined:
+                self._retry_quarantined(job)
             self._change(job, changes)
-            if job.record.state is State.CONCLUDED and before is not State.CONCLUDED:
-                self._targets = {target: owner for target, owner in self._targets.items() if owner != job_id}
-            status = [NewEvent(EventName.JOB_STATUS_CHANGE, {"status": str(job.record.state)})]
-            changed = status if job.record.state is not before else []
+            if job.record.state is not before or job.record.speed != old_speed or drop_units:
+                self._restart_rate(job)
+            if job.record.state is not before:
+                self._concluded.pop(job_id, None)
+                if job.record.state is State.CONCLUDED:
+                    self._concluded[job_id] = None
+                    self._targets = {target: owner for target, owner in self._targets.items() if owner != job_id}
+            changed = [_status(job.record.state)] if job.record.state is not before else []
             concluded = job.record.state is State.CONCLUDED
             self._emit(job_id, [*events, *changed] if concluded else [*changed, *events])
             if new_unit is not None:
@@ -226,14 +265,21 @@ class MemoryLedger:
             self._announce(job)
             return job.record.model_copy()
 
-    def dismiss(self, job_id: str, version: int) -> None:
+    def surplus(self, keep: int) -> list[str]:
         with self._changed:
+            return list(self._concluded)[: max(0, len(self._concluded) - keep)][:SURPLUS_JOBS]
+
+    def dismiss(self, job_id: str, version: int, term: Term | None = None) -> None:
+        with self._changed:
+            if term is not None:
+                self._fence(term)
             job = self._versioned(job_id, version)
             if job.record.state is not State.CONCLUDED:
                 raise not_concluded(job_id, job.record.state)
             self._forget_units(job)
-            for known in (self._jobs, self._runnable, self._wakes, self._buckets):
+            for known in (self._jobs, self._concluded, self._runnable, self._wakes, self._buckets):
                 known.pop(job_id, None)
+            self._emit(job_id, [_status("null")])
 
     def next_wake(self, timeout_s: float) -> str | None:
         with self._changed:
@@ -265,7 +311,11 @@ class MemoryLedger:
                 extents=unit.remaining or unit.extents,
                 failures=unit.failures,
                 expired=unit.expired,
+                rewrite=unit.rewrite,
             )
+            if unit.bytes:
+                job.claims += 1
+                job.leased[unit_id] = job.claims
             unit.token = token
             unit.until = self._leases[job_id, unit_id] = self._now_ms() + lease_ms
             job.record.units_ready -= 1
@@ -280,7 +330,8 @@ class MemoryLedger:
             if job is None or unit is None:
                 return Directive(held=False, run=False, speed=0)
             unit.until = self._leases[job_id, unit_id] = self._now_ms() + lease_ms
-            return Directive(held=True, run=job.may_run, speed=job.record.speed)
+            force = job.record.cancel_requested == "force"
+            return Directive(held=True, run=job.may_run, speed=job.record.speed, force=force)
 
     def opened(self, job_id: str, unit_id: str, token: str, facts: Mapping[str, Any]) -> bool:
         checked(facts, OPENED_FIELDS)
@@ -341,6 +392,7 @@ class MemoryLedger:
         bytes_read: int = 0,
         bytes_sent: int = 0,
         digest: str = "",
+        result: str = "",
     ) -> Finished:
         with self._changed:
             job, unit = self._held(job_id, unit_id, token)
@@ -348,18 +400,29 @@ class MemoryLedger:
                 before = self._done.get(token, ("", "", 0))
                 known = before[:2] == (job_id, unit_id) and before[2] > self._now_ms()
                 return Finished.ALREADY if known else Finished.STALE
+            if unit.spoilt:
+                self._drop_lease(job, unit_id)
+                job.record.units_ready += 1
+                job.ready.append(unit_id)
+                self._announce_if_idle(job)
+                self._refresh(job)
+                return Finished.AGAIN
             self._complete_unit(job, unit_id, token, digest)
             self._count_bytes(job, bytes_read, bytes_sent)
-            if unit.kind is UnitKind.PLAN:
-                job.record.plan_done = True
-                self._announce(job)
-            elif unit.kind is UnitKind.SETTLE:
-                job.record.settled = True
+            if result:
+                job.results.append(result)
+            if unit.kind in _RECORDED:
+                setattr(job.record, _RECORDED[unit.kind], True)
                 self._announce(job)
             else:
                 self._announce_if_idle(job)
             self._refresh(job)
             return Finished.DONE
+
+    def results(self, job_id: str) -> list[str]:
+        with self._changed:
+            known = self._jobs.get(job_id)
+            return list(known.results) if known is not None else []
 
     def release(
         self,
@@ -372,6 +435,7 @@ class MemoryLedger:
         bytes_read: int,
         bytes_sent: int,
         count_attempt: bool,
+        flush_failed: bool = False,
         delay_ms: int = 0,
         max_attempts: int = 0,
         events: Sequence[NewEvent] = (),
@@ -384,17 +448,21 @@ class MemoryLedger:
                 return False
             if unit.bytes and not remaining:
                 raise empty_release(job_id, unit_id)
-            if unit.bytes and not unit.expired:
+            if unit.bytes and not unit.expired and not unit.spoilt:
                 done = min(done_bytes, unit.bytes - unit.counted)
                 unit.remaining = remaining
                 unit.counted += done
-                job.record.offset += done
+                self._advance(job, done)
+                if done > 0:
+                    job.recent[unit_id] = job.claims
             self._count_bytes(job, bytes_read, bytes_sent)
             unit.failures += int(count_attempt)
+            if unit.bytes and flush_failed:
+                self._lose_flush(job, unit_id)
             self._drop_lease(job, unit_id)
             self._change(job, changes or {})
             if 0 < max_attempts <= unit.failures:
-                self._quarantine(job, unit_id)
+                self._quarantine(job, unit_id, events[-1].data if events else None)
             else:
                 job.record.units_ready += 1
                 if delay_ms > 0:
@@ -456,9 +524,8 @@ class MemoryLedger:
                     continue
                 job.suspects.discard(suspect_id)
                 unit = job.units[suspect_id]
-                job.record.offset -= unit.counted
+                self._undo(job, unit)
                 job.record.units_done -= 1
-                unit.remaining, unit.digest, unit.counted = "", "", 0
                 unit.failures += 1
                 if 0 < max_attempts <= unit.failures:
                     self._quarantine(job, suspect_id)
@@ -470,12 +537,11 @@ class MemoryLedger:
             self._refresh(job)
             return True
 
-    def quarantined(self, job_id: str) -> list[tuple[int, int]]:
+    def quarantined(self, job_id: str) -> list[QuarantinedUnit]:
         with self._changed:
             job = self._jobs.get(job_id)
-            if job is None:
-                return []
-            return sorted((job.units[unit_id].start, job.units[unit_id].end) for unit_id in job.quarantined)
+            units = [job.units[unit_id] for unit_id in job.quarantined] if job is not None else []
+            return sorted(QuarantinedUnit(u.start, u.end, u.kind, u.failures, error_in(u.cause)) for u in units)
 
     def take(self, job_id: str, want: int, speed: int, burst: int) -> int:
         if speed <= 0:
@@ -607,10 +673,65 @@ class MemoryLedger:
 
     def _drop_lease(self, job: _Job, unit_id: str) -> None:
         job.units[unit_id].token = ""
+        job.units[unit_id].spoilt = False
+        job.leased.pop(unit_id, None)
         del self._leases[job.record.id, unit_id]
         job.record.units_leased -= 1
+        oldest = next(iter(job.leased.values()), job.claims + 1)
+        for known in [known for known, number in job.recent.items() if number < oldest]:
+            del job.recent[known]
+            if job.units[known].done and not job.units[known].expired:
+                del job.units[known]
 
-    def _quarantine(self, job: _Job, unit_id: str) -> None:
+    def _undo(self, job: _Job, unit: _Unit) -> None:
+        job.record.offset -= unit.counted
+        unit.remaining, unit.digest, unit.counted, unit.done = "", "", 0, False
+
+    def _lose_flush(self, job: _Job, told: str) -> None:
+        job.units[told].rewrite = True
+        for unit_id in job.leased.keys() - {told}:
+            unit = job.units[unit_id]
+            self._undo(job, unit)
+            unit.rewrite = unit.spoilt = True
+        for number, unit_id in sorted((number, unit_id) for unit_id, number in job.recent.items()):
+            unit = job.units[unit_id]
+            if number < job.leased[told] or unit.token:
+                continue
+            was_done = unit.done
+            self._undo(job, unit)
+            unit.rewrite = True
+            if was_done:
+                job.suspects.discard(unit_id)
+                job.record.units_done -= 1
+                job.record.units_ready += 1
+                job.ready.append(unit_id)
+
+    def _restart_rate(self, job: _Job) -> None:
+        record, now = job.record, self._clock()
+        record.progress_at = record.rate_from_at = record.rate_mark_at = now
+        record.rate_from_offset = record.rate_mark_offset = record.offset
+
+    def _advance(self, job: _Job, count: int) -> None:
+        if count == 0:
+            return
+        record, now = job.record, self._clock()
+        record.offset += count
+        record.active_s += max(0.0, now - record.progress_at)
+        record.progress_at = now
+        if now - record.rate_mark_at >= RATE_WINDOW_S:
+            record.rate_from_at, record.rate_from_offset = record.rate_mark_at, record.rate_mark_offset
+            record.rate_mark_at, record.rate_mark_offset = now, record.offset
+
+    def _retry_quarantined(self, job: _Job) -> None:
+        for unit_id in sorted(job.quarantined, key=lambda unit_id: int(unit_id.rpartition("-")[2])):
+            job.units[unit_id].failures = 0
+            job.ready.append(unit_id)
+        job.record.units_ready += len(job.quarantined)
+        job.record.units_quarantined = 0
+        job.quarantined.clear()
+
+    def _quarantine(self, job: _Job, unit_id: str, cause: Mapping[str, Any] | None = None) -> None:
+        job.units[unit_id].cause = cause
         job.quarantined.add(unit_id)
         job.record.units_quarantined += 1
         self._announce(job)
@@ -622,14 +743,17 @@ class MemoryLedger:
 
     def _complete_unit(self, job: _Job, unit_id: str, token: str, digest: str) -> None:
         unit = job.units[unit_id]
-        self._drop_lease(job, unit_id)
-        job.record.offset += unit.bytes - unit.counted
+        self._advance(job, unit.bytes - unit.counted)
         job.record.units_done += 1
         self._done[token] = (job.record.id, unit_id, self._now_ms() + _DONE_MS)
-        if unit.expired and unit.bytes:
-            unit.counted, unit.digest = unit.bytes, digest
-            job.suspects.add(unit_id)
+        if unit.bytes:
+            unit.counted, unit.digest, unit.done = unit.bytes, digest, True
+            if unit.expired:
+                job.suspects.add(unit_id)
+            job.recent[unit_id] = job.claims
+            self._drop_lease(job, unit_id)
         else:
+            self._drop_lease(job, unit_id)
             del job.units[unit_id]
 
     def _forget_units(self, job: _Job) -> None:
@@ -638,7 +762,11 @@ class MemoryLedger:
                 del known[member]
         job.units.clear()
         job.ready.clear()
+        job.leased.clear()
+        job.recent.clear()
+        job.claims = 0
         job.suspects.clear()
+        job.results.clear()
         job.quarantined.clear()
         job.incarnation, job.numbers = next(self._incarnations), itertools.count(1)
         job.record.units_ready = job.record.units_leased = 0
@@ -648,6 +776,10 @@ class MemoryLedger:
         now = self._now_ms()
         due = [member for member, at in times.items() if at <= now]
         return sorted(due, key=lambda member: (times[member], "/".join(member)))[:REAP_UNITS]
+
+
+def _status(status: str) -> NewEvent:
+    return NewEvent(EventName.JOB_STATUS_CHANGE, {"status": str(status)})
 
 
 def _position(event_id: str) -> tuple[int, int]:

@@ -25,6 +25,14 @@ OPENED_FIELDS = frozenset(
         "target_zeroed",
         "source_may_change",
         "compare_reason",
+        "group",
+        "disk",
+        "epoch",
+        "parent_epoch",
+        "on_parent",
+        "pass_root",
+        "cut_at",
+        "result",
     }
 )
 

@@ -20,13 +20,16 @@ from coordinator.ledger.records import (
 from coordinator.model.errors import NotFoundError, RefusedError
 from coordinator.model.job import JobRecord, JobSpec, State
 
+SURPLUS_JOBS = 100
+"""Jobs that one call of surplus names: the control loop dismisses them between two looks at the others."""
+
 
 def deposed(term: Term) -> DeposedError:
     return DeposedError(f"another coordinator leads (this one had generation {term.generation})")
 
 
 def missing(job_id: str) -> NotFoundError:
-    return NotFoundError(f"there is no job {job_id!r}", "`flushpoint list` shows the jobs")
+    return NotFoundError(f"there is no job {job_id!r}", "see flushpoint jobs")
 
 
 def conflict(job_id: str) -> ConflictError:
@@ -56,6 +59,9 @@ class RedisLeadership:
     def lead(self, nonce: str, ttl_ms: int, at_least: int = 0) -> Term | None:
         generation = self._server.ask("lead", nonce, ttl_ms, at_least)
         return Term(generation, nonce) if generation else None
+
+    def led(self) -> bool:
+        return bool(self._server.ask("led"))
 
     def resign(self, term: Term) -> None:
         self._server.ask("resign", term.generation, term.nonce)
@@ -99,6 +105,12 @@ class RedisJobs:
         with self._server.errors():
             return sorted(self._server.redis.smembers(self._server.keys.active))
 
+    def surplus(self, keep: int) -> list[str]:
+        keys, redis = self._server.keys, self._server.redis
+        with self._server.errors():
+            surplus = min(redis.zcard(keys.concluded) - keep, SURPLUS_JOBS)
+            return list(redis.zrange(keys.concluded, 0, surplus - 1)) if surplus > 0 else []
+
     def update(
         self,
         job_id: str,
@@ -108,6 +120,7 @@ class RedisJobs:
         events: Sequence[NewEvent] = (),
         new_unit: NewUnit | None = None,
         drop_units: bool = False,
+        retry_quarantined: bool = False,
         term: Term | None = None,
     ) -> JobRecord:
         fields = fields_of(checked(changes, UPDATE_FIELDS))
@@ -118,6 +131,7 @@ class RedisJobs:
             term.generation if term else "",
             term.nonce if term else "",
             int(drop_units),
+            int(retry_quarantined),
             str(new_unit.kind) if new_unit else "",
             new_unit.pass_number if new_unit else 0,
             len(fields) // 2,
@@ -132,8 +146,11 @@ class RedisJobs:
             raise conflict(job_id)
         return record_of(pairs(answer[1]))
 
-    def dismiss(self, job_id: str, version: int) -> None:
-        answer = self._server.run("dismiss", job_id, version)
+    def dismiss(self, job_id: str, version: int, term: Term | None = None) -> None:
+        fence = (term.generation, term.nonce) if term else ("", "")
+        answer = self._server.run("dismiss", job_id, version, *fence)
+        if answer == "deposed" and term is not None:
+            raise deposed(term)
         if answer == "missing":
             raise missing(job_id)
         if answer == "conflict":

@@ -19,5 +19,16 @@ class RedisLedger(RedisLeadership, RedisJobs, RedisUnits, RedisFleet, RedisEvent
         with self._server.errors():
             self._server.redis.set(self._server.keys.probe, "1", ex=1)
 
+    def shortcomings(self) -> list[str]:
+        with self._server.errors():  # INFO and not CONFIG, which hosted servers refuse
+            policy = self._server.redis.info("memory").get("maxmemory_policy", "noeviction")
+            has_aof = self._server.redis.info("persistence").get("aof_enabled", 1)
+        found = []
+        if policy != "noeviction":
+            found.append(f"it may evict records of jobs (maxmemory-policy {policy}): set maxmemory-policy noeviction")
+        if not has_aof:
+            found.append("it forgets jobs when it restarts (appendonly no): set appendonly yes")
+        return found
+
     def close(self) -> None:
         self._server.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from coordinator.ledger.contract import Finished, NewEvent, SuspectUnit, Term
 from coordinator.ledger.records import OPENED_FIELDS, RELEASE_FIELDS, checked, events_of, fields_of
 from coordinator.ledger.redis_jobs import deposed
 from coordinator.model.extent import pack_extents
-from coordinator.model.units import Claim, Directive, PlannedUnit, UnitKind
+from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
 
 READY_BOUND = 1000
 """work_is_ready stops counting here."""
@@ -24,6 +25,11 @@ def empty_release(job_id: str, unit_id: str) -> ValueError:
     return ValueError(f"unit {unit_id} of job {job_id} has nothing left: finish it instead of releasing it")
 
 
+def error_in(event: Any) -> str:
+    """What the data of an event says about why a unit was given back."""
+    return str(event.get("error", "")) if event else ""
+
+
 class RedisUnits:
     _server: Server
 
@@ -31,7 +37,7 @@ class RedisUnits:
         got = self._server.run("claim", worker, token, lease_ms)
         if not got:
             return None
-        job_id, unit_id, kind, pass_number, start, end, extents, failures, expired = got
+        job_id, unit_id, kind, pass_number, start, end, extents, failures, expired, rewrite = got
         return Claim(
             job_id=job_id,
             unit_id=unit_id,
@@ -44,11 +50,12 @@ class RedisUnits:
             extents=extents,
             failures=int(failures),
             expired=int(expired),
+            rewrite=rewrite == "1",
         )
 
     def renew(self, job_id: str, unit_id: str, token: str, lease_ms: int) -> Directive:
-        held, run, speed = self._server.ask("renew", job_id, unit_id, token, lease_ms)
-        return Directive(held=bool(held), run=bool(run), speed=int(speed))
+        held, run, speed, force = self._server.ask("renew", job_id, unit_id, token, lease_ms)
+        return Directive(held=bool(held), run=bool(run), speed=int(speed), force=bool(force))
 
     def opened(self, job_id: str, unit_id: str, token: str, facts: Mapping[str, Any]) -> bool:
         fields = fields_of(checked(facts, OPENED_FIELDS))
@@ -82,8 +89,12 @@ class RedisUnits:
         bytes_read: int = 0,
         bytes_sent: int = 0,
         digest: str = "",
+        result: str = "",
     ) -> Finished:
-        return Finished(self._server.run("finish", job_id, unit_id, token, bytes_read, bytes_sent, digest))
+        return Finished(self._server.run("finish", job_id, unit_id, token, bytes_read, bytes_sent, digest, result))
+
+    def results(self, job_id: str) -> list[str]:
+        return [str(text) for text in self._server.run("results", job_id)]
 
     def release(
         self,
@@ -96,6 +107,7 @@ class RedisUnits:
         bytes_read: int,
         bytes_sent: int,
         count_attempt: bool,
+        flush_failed: bool = False,
         delay_ms: int = 0,
         max_attempts: int = 0,
         events: Sequence[NewEvent] = (),
@@ -112,6 +124,7 @@ class RedisUnits:
             bytes_read,
             bytes_sent,
             int(count_attempt),
+            int(flush_failed),
             delay_ms,
             max_attempts,
             len(fields) // 2,
@@ -135,8 +148,11 @@ class RedisUnits:
     def redo(self, job_id: str, unit_id: str, token: str, suspects: Sequence[str], max_attempts: int = 0) -> bool:
         return bool(self._server.run("redo", job_id, unit_id, token, max_attempts, *suspects))
 
-    def quarantined(self, job_id: str) -> list[tuple[int, int]]:
-        return sorted((int(start), int(end)) for start, end in self._server.ask("quarantined", job_id))
+    def quarantined(self, job_id: str) -> list[QuarantinedUnit]:
+        return sorted(
+            QuarantinedUnit(int(start), int(end), UnitKind(kind), int(failures), error_in(cause and json.loads(cause)))
+            for start, end, kind, failures, cause in self._server.ask("quarantined", job_id)
+        )
 
     def take(self, job_id: str, want: int, speed: int, burst: int) -> int:
         return int(self._server.run("take", job_id, want, speed, burst)) if speed > 0 else 0

@@ -45,6 +45,13 @@ class NotFoundError(RefusedError):
     code = "not-found"
 
 
+class DamagedError(FlushpointError):
+    """Something stored is not what was written; the message says where."""
+
+    exit_code = 5
+    code = "damaged"
+
+
 class UnavailableError(FlushpointError):
     """A part that should answer does not; nothing is lost, the same call may be made again."""
 

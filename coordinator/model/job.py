@@ -20,12 +20,15 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from coordinator.model.task import RepositoryTask
+
 
 class State(enum.StrEnum):
     CREATED = "created"
     RUNNING = "running"
     PAUSED = "paused"
     READY = "ready"
+    """All of the disk has been copied once. A source that may change may have done so since; `synced` tells."""
     STANDBY = "standby"
     """Paused while ready."""
     WAITING = "waiting"
@@ -66,7 +69,7 @@ VERBS: dict[Verb, frozenset[State]] = {
     Verb.RESUME: _ALIVE,
     Verb.SET_SPEED: _ALIVE | {State.WAITING},
     Verb.COMPLETE: frozenset({State.READY}),
-    Verb.CANCEL: _ALIVE | {State.WAITING, State.PENDING},
+    Verb.CANCEL: _ALIVE | {State.WAITING, State.PENDING, State.ABORTING},  # by force, when a soft one takes too long
     Verb.FINALIZE: frozenset({State.PENDING}),
     Verb.DISMISS: frozenset({State.CONCLUDED}),
 }
@@ -113,16 +116,27 @@ class JobSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field(min_length=1, max_length=4096, description="URI or path of the disk to copy")
-    target: str = Field(min_length=1, max_length=4096, description="URI or path of the copy")
+    source: str = Field(default="", max_length=4096, description="URI or path of the disk to copy")
+    target: str = Field(default="", max_length=4096, description="URI or path of the copy")
+    task: RepositoryTask | None = Field(default=None, description="instead of source and target")
     sync: Sync = Sync.FULL
     bitmap: str | None = Field(default=None, max_length=1023, description="dirty bitmap, with sync=dirty")
     speed: int = Field(default=0, ge=0, description="bytes per second over all workers; 0 is unlimited")
     on_source_error: ErrorPolicy = ErrorPolicy.REPORT
     on_target_error: ErrorPolicy = ErrorPolicy.REPORT
     overwrite: bool = Field(default=False, description="an existing target file may be overwritten")
+    source_frozen: bool = Field(
+        default=False, description="a promise that nobody writes the source: it is not compared once more at the end"
+    )
     auto_complete: bool = Field(default=True, description="complete as soon as the job is ready")
     auto_finalize: bool = Field(default=True, description="finalize as soon as the job is pending")
+
+    @model_validator(mode="after")
+    def _copies_a_disk_or_does_a_task(self) -> Self:
+        for name in ("source", "target"):
+            if (getattr(self, name) == "") == (self.task is None):
+                raise ValueError(f"{name} is missing" if self.task is None else f"a task has no {name}")
+        return self
 
     @model_validator(mode="after")
     def _bitmap_goes_with_dirty(self) -> Self:
@@ -151,13 +165,32 @@ class JobRecord(BaseModel):
     target_zeroed: bool = False
     """The target read as zeroes from end to end before the first pass, in which zero extents then cost nothing."""
     source_may_change: bool = False
-    """True for a writable NBD export or an image that another process has open for writing."""
+    """The source is an NBD export or an image that another process has open for writing, and its submitter has not
+    promised `source_frozen`; or its files were seen to be written."""
     source_stamp: str = ""
     """What the source's files looked like when the pass was planned; "" where nothing tells."""
     source_written: bool = False
     """The stamp was another one when the pass was settled: somebody wrote the source meanwhile."""
     compare_reason: str = ""
     """Why content is compared instead of a bitmap being read, where that is so."""
+
+    # Of a job whose target is a repository; see coordinator.model.point.
+    group: str = ""
+    disk: str = ""
+    epoch: int = 0
+    """The epoch it writes; 0 while none is open."""
+    parent_epoch: int = 0
+    on_parent: bool = False
+    """What a pass does not cover stays as it is in the parent; else it reads as zeroes."""
+    pass_root: str = ""
+    """The root of the last settled pass."""
+    cut_at: float = 0.0
+    published: bool = False
+    abandoned: bool = False
+    closing: bool = False
+    """Of an aborting job: its last unit, which abandons the epoch, may run."""
+    result: str = ""
+    """What a task tells, as JSON."""
 
     pass_number: int = 0
     pass_kind: str = ""
@@ -173,9 +206,25 @@ class JobRecord(BaseModel):
     """The pass is flushed and its suspect units are verified; set when its settle unit finishes."""
     complete_passes: int = 0
     """Comparing passes made since complete was asked for."""
+    synced: bool = False
+    """What the last MIRROR_STATE_CHANGE said. True once a settled pass has shown that the target equals the source: any
+    pass where the source cannot change, else a comparing one that found nothing."""
 
     len: int = 0
     offset: int = 0
+
+    # How fast `offset` grows, by the ledger's clock; see coordinator.model.progress.
+    active_s: float = 0.0
+    """Seconds in which the job made progress: without rests, and without the time in which it was ready and idle."""
+    progress_at: float = 0.0
+    """When `offset` last grew, or since when the job goes at its present speed, if that is later."""
+    rate_from_at: float = 0.0
+    rate_from_offset: int = 0
+    """The rate is measured from this moment, and from the offset that the job had then."""
+    rate_mark_at: float = 0.0
+    rate_mark_offset: int = 0
+    """The moment that takes its place when it has become old."""
+
     bytes_read: int = 0
     bytes_sent: int = 0
 

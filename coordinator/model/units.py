@@ -23,6 +23,12 @@ class UnitKind(enum.StrEnum):
     """Read the extents on both sides and write what differs."""
     SETTLE = "settle"
     """Read suspect units again against their digests, then flush the target a last time."""
+    PUBLISH = "publish"
+    """Decide the epoch of a job whose target is a repository by its manifest."""
+    ABANDON = "abandon"
+    """Decide it by a tombstone."""
+    TASK = "task"
+    """All of a job on a repository as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,20 @@ class Claim:
     """How many attempts at this unit have failed; pauses and time slices are none."""
     expired: int
     """How many of its leases ran out without a word: a zombie may still be writing."""
+    rewrite: bool
+    """A flush failed over it: what the target shows of it may not be durable, and comparing proves nothing."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class QuarantinedUnit:
+    """A unit that was given up; [start, end) in bytes, nothing for a plan or settle unit."""
+
+    start: int
+    end: int
+    kind: UnitKind
+    failures: int
+    error: str
+    """Of its last attempt, as its holder told it; "" if that ended without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +126,5 @@ class Directive:
     run: bool
     """False: the job is paused or cancelled; drain, flush, release."""
     speed: int
+    force: bool = False
+    """True: the job is cancelled by force; break off instead of draining, and release."""

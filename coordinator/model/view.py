@@ -11,6 +11,6 @@ class JobView(JobRecord):
     version: int = 0
     """Grows with every change of the record; 0 where the caller did not ask for one job."""
     rate: float = 0.0
-    """Bytes per second since the job started."""
+    """Bytes per second over the last few seconds; of a concluded job over all its active time."""
     eta_s: float | None = None
     """Seconds until the job is in sync; None while nobody can know."""

@@ -1,20 +1,19 @@
-"""One coordinator: leads if it can, and then reconciles jobs, reaps leases and rings doorbells."""
+"""One coordinator: leads if it can, and then reconciles jobs, reaps leases and has doorbells rung."""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
 from collections.abc import Callable
 
 import structlog
-from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 
 from coordinator.ledger.contract import ConflictError, DeposedError, Ledger, NewEvent, NewUnit, Term
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from coordinator.model.step import next_step
-from coordinator.service.dispatcher import Dispatcher
 from coordinator.settings import Settings
 
 log = structlog.get_logger()
@@ -24,34 +23,40 @@ STEPS_A_VISIT = 16
 
 
 class ControlLoop:
-    """`run` blocks until `stop`; `cycle` is one turn and returns the sentences it would log."""
+    """`run` blocks until `stop`; `cycle` is one turn and returns the sentences it would log.
+
+    `ring` is called at the end of each turn, and must not wait for anybody.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
         settings: Settings,
-        dispatcher: Dispatcher,
+        ring: Callable[[], object],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._ledger = ledger
         self._settings = settings
-        self._dispatcher = dispatcher
+        self._ring = ring
         self._clock = clock
         self._nonce = secrets.token_hex(16)
         self._term: Term | None = None
+        self._term_ends_at = 0.0
+        """Monotonic time, from before the ledger was asked for the term."""
         self._highest_generation = 0
         self._stop = threading.Event()
         self._next_sweep = 0.0
 
     @property
     def leads(self) -> bool:
-        return self._term is not None
+        """Not in a term that has run out meanwhile, whatever the loop is waiting for."""
+        return self._term is not None and time.monotonic() < self._term_ends_at
 
     def stop(self) -> None:
         self._stop.set()
 
     def run(self) -> None:
-        """Cycle until stopped. An unreachable ledger or broker is waited for, not died of."""
+        """Cycle until stopped, then resign. An unreachable ledger is waited for, not died of."""
         while not self._stop.is_set():
             try:
                 for sentence in self.cycle():
@@ -59,18 +64,22 @@ class ControlLoop:
             except DeposedError:
                 log.warning("another coordinator leads now")
                 self._step_down()
-            except (UnavailableError, OperationalError, OSError) as error:
-                log.warning("a server is away", error=str(error))
+            except UnavailableError as error:
+                log.warning("the ledger is away", error=str(error))
                 self._pause()
             except Exception:
                 # Whatever it is, a coordinator that goes on answering but has stopped deciding would be worse.
                 log.exception("a cycle failed")
                 self._pause()
-        if self._term is not None:
-            try:
-                self._ledger.resign(self._term)
-            except FlushpointError:
-                log.warning("cannot resign; the term ends by itself")
+        if self._highest_generation > 0:
+            self._resign()
+
+    def _resign(self) -> None:
+        """Also from a term that some trouble made us step down from: in the ledger it may go on."""
+        try:
+            self._ledger.resign(Term(self._highest_generation, self._nonce))
+        except FlushpointError as error:
+            log.warning("cannot resign; the term ends by itself", error=str(error))
 
     def _pause(self) -> None:
         self._step_down()
@@ -82,18 +91,22 @@ class ControlLoop:
 
     def cycle(self) -> list[str]:
         """One turn: lead, recover if the server restarted, sweep or wait for a wake-up, ring."""
-        term = self._ledger.lead(
-            self._nonce, int(self._settings.leader_ttl_s * 1000), at_least=0 if self._term else self._highest_generation
-        )
+        asked_at = time.monotonic()
+        # A term that goes on keeps its generation, and so it must in a ledger that has lost everything.
+        at_least = self._highest_generation - 1 if self._term else self._highest_generation
+        term = self._ledger.lead(self._nonce, int(self._settings.leader_ttl_s * 1000), at_least)
         if term is None:
             self._step_down()
             self._stop.wait(self._settings.cycle_s)
             return []
+        self._term_ends_at = asked_at + self._settings.leader_ttl_s
         sentences = [] if self._term == term else [f"leads with generation {term.generation}"]
         self._term = term
         self._highest_generation = term.generation
         if not self._ledger.run_is_known():
             sentences.append(self._recover(term))
+        if sentences:
+            self._warn()  # at the start, and about a server that was started anew
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + self._settings.cycle_s
@@ -102,8 +115,12 @@ class ControlLoop:
             job_id = self._ledger.next_wake(min(self._settings.cycle_s, self._next_sweep - now))
             if job_id is not None:
                 sentences += self._visit_safely(job_id, term)
-        self._dispatcher.top_up()
+        self._ring()
         return sentences
+
+    def _warn(self) -> None:
+        for shortcoming in self._ledger.shortcomings():
+            log.warning(f"the ledger's server: {shortcoming}")
 
     def _recover(self, term: Term) -> str:
         """The server restarted: writes may be lost, so every lease is doubted and none granted for a while.
@@ -125,6 +142,16 @@ class ControlLoop:
         ]
         for job_id in self._ledger.active_jobs():
             sentences += self._visit_safely(job_id, term)
+        return sentences + self._dismiss_surplus(term)
+
+    def _dismiss_surplus(self, term: Term) -> list[str]:
+        """Of the concluded jobs only so many are kept: each costs memory of the ledger's server for ever."""
+        sentences = []
+        keep = self._settings.keep_concluded
+        for job_id in self._ledger.surplus(keep):
+            with contextlib.suppress(NotFoundError, ConflictError):  # its user was faster
+                self._ledger.dismiss(job_id, self._ledger.job(job_id).version, term)
+                sentences.append(f"job {job_id} is dismissed: {keep} have concluded after it")
         return sentences
 
     def _visit_safely(self, job_id: str, term: Term) -> list[str]:
@@ -145,7 +172,8 @@ class ControlLoop:
             except NotFoundError:
                 return sentences
             job = versioned.job
-            step = next_step(job, self._clock())
+            given_up = self._ledger.quarantined(job_id) if job.units_quarantined else []
+            step = next_step(job, self._clock(), given_up)
             if step is None:
                 return sentences
             pass_number = int(step.changes.get("pass_number", job.pass_number))
@@ -156,6 +184,7 @@ class ControlLoop:
                 events=[NewEvent(name, data) for name, data in step.events],
                 new_unit=NewUnit(step.new_unit, pass_number) if step.new_unit else None,
                 drop_units=step.drop_units,
+                retry_quarantined=step.retry_quarantined,
                 term=term,
             )
             sentences.append(f"job {job_id} {step.sentence}")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable
 
+import structlog
+from kombu.exceptions import OperationalError
+
 from coordinator.ledger.contract import Ledger
+from coordinator.model.errors import UnavailableError
 from coordinator.model.messages import MOVER_ROLE, Doorbell
 from coordinator.settings import Settings
+
+log = structlog.get_logger()
 
 BELLS_PER_SLOT = 2
 """More would only pile up in the broker: a simulated doorbell per unit livelocked at 100,000 units."""
@@ -32,3 +39,42 @@ class Dispatcher:
         for bell in bells:
             self._send(Doorbell(role=MOVER_ROLE, bell=bell))
         return len(bells)
+
+
+class Ringer:
+    """Rings in a thread of its own whenever it is asked to: a broker that hangs holds up doorbells and no decision.
+
+    `top_up` looks for itself at what is due, so whatever was asked for while it hung is one ringing afterwards.
+    """
+
+    def __init__(self, top_up: Callable[[], int]) -> None:
+        self._top_up = top_up
+        self._asked = threading.Event()
+        self._is_broken = False
+        # A daemon, for a broker that hangs must not hold up the end of the process either.
+        self._thread = threading.Thread(target=self._run, name="ringer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ask(self) -> None:
+        """Returns at once."""
+        self._asked.set()
+
+    def _run(self) -> None:
+        while True:
+            self._asked.wait()
+            self._asked.clear()
+            self._ring()
+
+    def _ring(self) -> None:
+        try:
+            if self._top_up() and self._is_broken:
+                self._is_broken = False
+                log.info("the broker takes doorbells again")
+        except (UnavailableError, OperationalError, OSError) as error:
+            if not self._is_broken:
+                self._is_broken = True
+                log.warning("cannot ring for workers; those at work go on", error=str(error))
+        except Exception:
+            log.exception("cannot ring for workers")

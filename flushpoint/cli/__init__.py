@@ -1,7 +1,7 @@
 """The command `flushpoint`: a module a family of commands.
 
 Data goes to standard output, everything else to standard error. Exit codes: 0 done, 1 the job failed or was
-cancelled, 2 usage, 3 refused or not found, 4 interrupted and resumable, or unavailable.
+cancelled, 2 usage, 3 refused or not found, 4 interrupted and resumable, or unavailable, 5 damage was found.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Annotated
 import typer
 
 from coordinator.model.errors import FlushpointError, UsageError
-from flushpoint.cli import doctor, events, jobs, mirror, output, stack, verbs
+from flushpoint.cli import doctor, events, jobs, mirror, output, points, repository, stack, verbs
 
 INTERRUPTED = 4
 _TYPER_INTERRUPTED = 130
 
 app = typer.Typer(
     name="flushpoint",
-    help="Mirror disks of QEMU/KVM guests, NBD exports and images with a fleet of workers.",
+    help="Mirror disks and keep their recovery points, with a fleet of workers.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help in boxes costs 60 ms, and is cut off when piped
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for family in (mirror, jobs, verbs, events, stack, doctor):
+for family in (mirror, jobs, verbs, events, points, repository, stack, doctor):
     family.register(app)
 
 

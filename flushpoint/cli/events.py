@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coordinator.model.errors import NotFoundError
 from flushpoint.cli import output, session
 
 if TYPE_CHECKING:
     from flushpoint.calls import Event
+    from flushpoint.client import Client
 
 
 def register(app: typer.Typer) -> None:
@@ -24,13 +26,22 @@ def events(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document a line.")] = False,
 ) -> None:
     """Show events, oldest first."""
-    with session.connect() as client:
-        full_id = session.job_id(client, job) if job else ""
-        for event in client.events(job=full_id, follow=follow):
+    with session.connect() as client, output.cut_off_quietly():
+        for event in client.events(job=_named(client, job) if job else "", follow=follow):
             if as_json:
                 output.write_json(event.model_dump(mode="json"))
             else:
                 print(_line(event), flush=True)
+
+
+def _named(client: Client, text: str) -> str:
+    """The id of a job, or of one that was dismissed: its events are still there."""
+    try:
+        return session.job_id(client, text)
+    except NotFoundError:
+        if next(client.events(job=text), None) is None:
+            raise
+        return text
 
 
 def _line(event: Event) -> str:

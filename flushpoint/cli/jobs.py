@@ -18,10 +18,11 @@ def jobs(as_json: output.JsonOption = False) -> None:
     """List all jobs, newest first."""
     with session.connect() as client:
         found = list(client.jobs())
-    if as_json:
-        output.write_json({"jobs": [one.model_dump(mode="json") for one in found]})
-    else:
-        print(output.job_table(found))
+    with output.cut_off_quietly():
+        if as_json:
+            output.write_json({"jobs": [one.model_dump(mode="json") for one in found]})
+        else:
+            print(output.job_table(found))
 
 
 def job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from coordinator.model.errors import UsageError
 from coordinator.model.job import ErrorPolicy, JobSpec, Sync, parse_bytes
+from coordinator.model.repository_uri import is_repository, parse_repository
 from coordinator.model.uri import absolute
 from flushpoint.cli import output, session, waiting
 
@@ -35,12 +37,23 @@ def mirror(
             help="An existing target may be overwritten. Files only: devices and exports are written as they are.",
         ),
     ] = False,
+    source_frozen: Annotated[
+        bool,
+        typer.Option(
+            "--source-frozen",
+            help="A promise that nobody writes the source. Spares an NBD export or image in use the comparing pass"
+            " that makes the copy one of a single moment.",
+        ),
+    ] = False,
     no_auto_complete: Annotated[
         bool, typer.Option("--no-auto-complete", help="Stay ready until told to complete.")
     ] = False,
     no_auto_finalize: Annotated[
         bool, typer.Option("--no-auto-finalize", help="Stay pending until told to finalize.")
     ] = False,
+    name: Annotated[
+        str, typer.Option(metavar="GROUP", help="In a repository: the group of the point; else the disk's own name.")
+    ] = "",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the job's id and do not wait.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
@@ -49,13 +62,14 @@ def mirror(
     try:
         spec = JobSpec(
             source=absolute(source, here),
-            target=absolute(target, here),
+            target=_named(absolute(target, here), name),
             sync=sync,
             bitmap=bitmap,
             speed=parse_rate(speed),
             on_source_error=on_source_error,
             on_target_error=on_target_error,
             overwrite=overwrite,
+            source_frozen=source_frozen,
             auto_complete=not no_auto_complete,
             auto_finalize=not no_auto_finalize,
         )
@@ -72,6 +86,14 @@ def mirror(
             output.write_job(job, as_json)
         else:
             print(job.id)
+
+
+def _named(target: str, name: str) -> str:
+    if not name:
+        return target
+    if not is_repository(target):
+        raise UsageError("--name goes with a repository as target", "name one: s3://bucket/prefix or repo+file:///dir")
+    return str(replace(parse_repository(target), group=name))
 
 
 def parse_rate(text: str) -> int:

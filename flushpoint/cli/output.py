@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +37,17 @@ def write_job(job: JobView, as_json: bool, remark: str = "") -> None:
         write_json(job.model_dump(mode="json"))
     else:
         print(f"{job.id}  {job.state}{remark and f' ({remark})'}", flush=True)
+
+
+@contextlib.contextmanager
+def cut_off_quietly() -> Iterator[None]:
+    """Around what lists: a reader that has had enough, such as `head`, is no failure."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would fail once more, and be told of, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: FlushpointError, as_json: bool) -> int:
@@ -98,7 +111,7 @@ def expected_len(job: JobView) -> int:
 def progress_text(job: JobView) -> str:
     total = expected_len(job)
     if not total:
-        return "100%" if job.state is State.CONCLUDED and not job.fatal else "-"
+        return "100%" if outcome_text(job) == "done" else "-"
     return f"{100 * job.offset // total}%"
 
 
@@ -115,8 +128,8 @@ def job_table(jobs: Iterable[JobView]) -> str:
             outcome_text(job),
             progress_text(job),
             rate_text(job.rate),
-            job.spec.source,
-            job.spec.target,
+            job.spec.task.kind if job.spec.task else job.spec.source,
+            job.spec.task.repository if job.spec.task else job.spec.target,
         )
         for job in jobs
     ]

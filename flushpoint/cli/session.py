@@ -24,9 +24,12 @@ def job_id(client: Client, text: str) -> str:
     """The id that `text` is or begins. NotFoundError if none does, UsageError if several do."""
     if not text:
         raise UsageError("an empty id names no job", "see flushpoint jobs")
-    found = [job.id for job in client.jobs() if job.id.startswith(text)]
-    if text in found or len(found) == 1:
-        return text if text in found else found[0]
+    try:
+        return client.job(text).id
+    except NotFoundError:  # the beginning of an id, for which all jobs are listed
+        found = [job.id for job in client.jobs() if job.id.startswith(text)]
+    if len(found) == 1:
+        return found[0]
     if found:
         raise UsageError(f"{len(found)} jobs begin with {text}: {', '.join(found[:4])}", "write more of the id")
     raise NotFoundError(f"there is no job {text}", "see flushpoint jobs")

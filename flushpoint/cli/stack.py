@@ -19,15 +19,21 @@ def register(app: typer.Typer) -> None:
 
 def up(
     slots: Annotated[int | None, typer.Option(min=1, max=256, help="Work units copied at a time.")] = None,
+    as_json: output.JsonOption = False,
 ) -> None:
     """Run the embedded stack in the foreground; other commands start it for themselves."""
     from flushpoint import supervisor
 
     state = embedded.state_dir()
     environ = dict(os.environ) if slots is None else {**os.environ, "FLUSHPOINT_WORKER_SLOTS": str(slots)}
-    if sys.stderr.isatty():
-        output.say(f"the API will be at {state.address}; Ctrl-C stops it")
-    raise typer.Exit(supervisor.run(state, environ))
+
+    def announce() -> None:
+        if as_json:
+            output.write_json({"api": state.address, "pid": os.getpid()})
+        elif sys.stderr.isatty():
+            output.say(f"the API will be at {state.address}; Ctrl-C stops it")
+
+    raise typer.Exit(supervisor.run(state, environ, announce))
 
 
 def down(as_json: output.JsonOption = False) -> None:
@@ -39,20 +45,23 @@ def down(as_json: output.JsonOption = False) -> None:
         output.say("the embedded stack is stopped" if was_running else "the embedded stack does not run")
 
 
-def coordinator() -> None:
+def coordinator(as_json: output.JsonOption = False) -> None:
     """Run a coordinator: control loop and API. Settings: FLUSHPOINT_* in the environment."""
-    _become("coordinator", dict(os.environ))
+    _become("coordinator", dict(os.environ), as_json)
 
 
 def worker(
     slots: Annotated[int | None, typer.Option(min=1, max=256, help="Work units copied at a time.")] = None,
+    as_json: output.JsonOption = False,
 ) -> None:
     """Run a worker. Settings: FLUSHPOINT_* in the environment."""
     environ = dict(os.environ) if slots is None else {**os.environ, "FLUSHPOINT_WORKER_SLOTS": str(slots)}
-    _become("workers", environ)
+    _become("workers", environ, as_json)
 
 
-def _become(module: str, environ: dict[str, str]) -> NoReturn:
+def _become(module: str, environ: dict[str, str], as_json: bool) -> NoReturn:
     """Replace this process: signals then reach the part itself, under its own process id."""
+    if as_json:
+        output.write_json({"pid": os.getpid()})
     # -P: the current directory must not shadow our modules.
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], environ)

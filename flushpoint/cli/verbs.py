@@ -10,19 +10,19 @@ import typer
 from coordinator.model.errors import UnavailableError
 from coordinator.model.job import State, Verb
 from coordinator.model.view import JobView
-from flushpoint.cli import output, session
+from flushpoint.cli import output, session, waiting
 from flushpoint.cli.mirror import parse_rate
 
 if TYPE_CHECKING:
     from flushpoint.client import Client
 
 FOLLOW_S = 2.0
-"""A verb is answered when it is noted down; this is how long the command waits for what follows from it."""
+"""A verb is answered when it is noted down; this is how long the command waits for what follows from it. Only complete
+is waited for to its end: it may take passes over the whole disk, and be refused after them."""
 _PAUSED = frozenset({State.PAUSED, State.STANDBY})
 _GOALS: dict[Verb, frozenset[State]] = {
     Verb.PAUSE: _PAUSED | {State.CONCLUDED},
     Verb.RESUME: frozenset(State) - _PAUSED,
-    Verb.COMPLETE: frozenset({State.CONCLUDED}),
     Verb.CANCEL: frozenset({State.CONCLUDED}),
     Verb.FINALIZE: frozenset({State.CONCLUDED}),
 }
@@ -60,8 +60,15 @@ def complete(
     pivot: Annotated[bool, typer.Option("--pivot", help="Switch the guest over to the copy.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """End a ready job with a clean copy; if that cannot be, the job goes on."""
-    _act(Verb.COMPLETE, job_id, as_json, lambda client, full_id: client.complete(full_id, pivot=pivot))
+    """End a ready job with a clean copy, and wait for it; if that cannot be, the job goes on."""
+    with session.connect() as client:
+        job = client.complete(session.job_id(client, job_id), pivot=pivot)
+        job = waiting.until_rest(client, job.id, as_json)
+    code = waiting.exit_code_of(job)
+    if code:
+        output.say(waiting.ending(job))
+    output.write_job(job, as_json)
+    raise typer.Exit(code)
 
 
 def cancel(
@@ -90,28 +97,13 @@ def dismiss(job_id: output.JobArgument, as_json: output.JsonOption = False) -> N
 
 
 def _act(verb: Verb, text: str, as_json: bool, send: Callable[[Client, str], JobView]) -> None:
+    """Send a verb, and show the state that it leads to, or that is there after a while."""
+    goals = _GOALS[verb]
     with session.connect() as client:
         job = send(client, session.job_id(client, text))
-        goals = _goals(verb, job)
-        job = _reached(client, job, goals)
-    is_refused = verb is Verb.COMPLETE and job.state is State.READY and not job.complete_requested
-    if is_refused:  # the source still changes; the job goes on
-        output.say(f"job {job.id} is ready, but was not completed: {job.error}")
-    output.write_job(job, as_json, "" if job.state in goals or is_refused else f"{verb} asked for")
-
-
-def _goals(verb: Verb, job: JobView) -> frozenset[State]:
-    """The states in which the verb has done what it can."""
-    if verb is Verb.COMPLETE and not job.spec.auto_finalize:
-        return _GOALS[verb] | {State.PENDING}
-    return _GOALS[verb]
-
-
-def _reached(client: Client, job: JobView, goals: frozenset[State]) -> JobView:
-    """The job as soon as it is in one of `goals`, or as it is after a while."""
-    if job.state in goals:
-        return job
-    try:
-        return client.wait(job.id, until=goals, timeout_s=FOLLOW_S)
-    except UnavailableError:
-        return client.job(job.id)
+        if job.state not in goals:
+            try:
+                job = client.wait(job.id, until=goals, timeout_s=FOLLOW_S)
+            except UnavailableError:
+                job = client.job(job.id)
+    output.write_job(job, as_json, "" if job.state in goals else f"{verb} asked for")

@@ -1,7 +1,8 @@
 """`make bench`: Flushpoint against nbdcopy and qemu-img on this machine, through the whole path.
 
 The embedded stack runs with two movers in a directory of its own; disks and servers are in memory where there
-is room. A copy is timed from before it is submitted until its job has concluded. Writes
+is room. A copy is timed from before it is submitted until its job has concluded. Sources are promised to be frozen
+(--source-frozen): the others read once too, and would not notice a writer. Writes
 docs/bench/results.json and docs/bench/results.png, or nothing with --quick.
 """
 

@@ -74,7 +74,8 @@ class Bench:
         return job, Run(seconds, stack.cpu_seconds() - cpu, stack.mover_cpu_seconds() - movers)
 
     def _ours(self, source: str, target: str) -> Run:
-        return self._mirror(JobSpec(source=source, target=target, overwrite=True))[1]
+        # nbdcopy and qemu-img read a source once and trust that nobody writes it: so it is promised here as well.
+        return self._mirror(JobSpec(source=source, target=target, overwrite=True, source_frozen=True))[1]
 
     @staticmethod
     def _nbdcopy(source: str, target: str) -> Run:
@@ -150,8 +151,7 @@ class Bench:
             target = self._lab.path / "target.raw"
             _make_hole(target, self._scale.scattered_disk_bytes)
             with self._lab.serving("target", self._lab.qemu_nbd("target", target, "raw")) as uri:
-                spec = JobSpec(source=source, target=uri, sync=Sync.DIRTY, bitmap=BITMAP, overwrite=True)
-                job, taken = self._mirror(spec)
+                job, taken = self._mirror(_dirty(source, uri))
             _compare(disk, target)
             seconds.append(taken.seconds)
             sent.append(job.bytes_sent)
@@ -204,8 +204,7 @@ class Bench:
                 part = part[: scale.delayed_serial_blocks]
                 one_by_one = run(["qemu-io", "-f", "raw", "-t", "writeback", uri], stdin="\n".join([*part, "quit", ""]))
                 serial.append(one_by_one.seconds * scale.delayed_blocks / len(part))
-                spec = JobSpec(source=source, target=uri, sync=Sync.DIRTY, bitmap=BITMAP, overwrite=True)
-                seconds.append(self._mirror(spec)[1].seconds)
+                seconds.append(self._mirror(_dirty(source, uri))[1].seconds)
             _compare(disk, target)
             target.unlink()
             self._say(f"latency: {seconds[-1]:.2f} s, one at a time {serial[-1]:.2f} s")
@@ -246,6 +245,10 @@ class Bench:
             found[how] = json.loads(run(command).stdout)
             self._say(f"planning, {how}: {found[how]['extents']:,} extents in {found[how]['seconds']:.2f} s")
         return found
+
+
+def _dirty(source: str, target: str) -> JobSpec:
+    return JobSpec(source=source, target=target, sync=Sync.DIRTY, bitmap=BITMAP, overwrite=True, source_frozen=True)
 
 
 def start_up(lab: Lab, rounds: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,14 +116,35 @@ def serving(socket_path: Path, *command: str) -> Iterator[subprocess.Popen[bytes
     """An NBD server listening on `socket_path`, by socket activation: a client may connect at once."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(socket_path))
-        listener.listen(64)
-        server = subprocess.Popen(["sh", "-c", _ACTIVATE, "sh", *command], stdin=listener, stderr=subprocess.DEVNULL)
+        server = _activated(listener, command)
     try:
         yield server
     finally:
         server.kill()
         server.wait(timeout=10)
         socket_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def serving_tcp(*command: str, address: str = "127.0.0.1") -> Iterator[int]:
+    """The same on a free TCP port of `address`, which is yielded; the test is skipped without such an address."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+        try:
+            listener.bind((address, 0))
+        except OSError as error:
+            pytest.skip(f"no {address} on this host: {error}")
+        port: int = listener.getsockname()[1]
+        server = _activated(listener, command)
+    try:
+        yield port
+    finally:
+        server.kill()
+        server.wait(timeout=10)
+
+
+def _activated(listener: socket.socket, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    listener.listen(64)
+    return subprocess.Popen(["sh", "-c", _ACTIVATE, "sh", *command], stdin=listener, stderr=subprocess.DEVNULL)
 
 
 def nbd_uri(socket_path: Path, export: str = "") -> DiskUri:

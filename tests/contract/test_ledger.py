@@ -18,11 +18,13 @@ from coordinator.ledger import (
     Term,
     Versioned,
 )
+from coordinator.ledger.redis_jobs import SURPLUS_JOBS
 from coordinator.model.errors import NotFoundError, RefusedError, UsageError
 from coordinator.model.events import EventName
 from coordinator.model.extent import Extent, Status, pack_extents, unpack_extents
 from coordinator.model.job import IoStatus, JobRecord, JobSpec, State
-from coordinator.model.units import Claim, Directive, PlannedUnit, UnitKind
+from coordinator.model.progress import RATE_WINDOW_S
+from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
 
 SPEC = JobSpec(source="/a", target="/b")
 OTHER_SPEC = JobSpec(source="/a", target="/c")
@@ -78,6 +80,7 @@ def release(
     remaining: str = "",
     done_bytes: int = 0,
     count_attempt: bool = True,
+    flush_failed: bool = False,
     delay_ms: int = 0,
     max_attempts: int = 0,
 ) -> bool:
@@ -90,9 +93,18 @@ def release(
         bytes_read=done_bytes,
         bytes_sent=done_bytes,
         count_attempt=count_attempt,
+        flush_failed=flush_failed,
         delay_ms=delay_ms,
         max_attempts=max_attempts,
     )
+
+
+def lose_flush(ledger: Ledger, held: Claim) -> None:
+    assert release(ledger, held, count_attempt=False, flush_failed=True)
+
+
+def quarantined(ledger: Ledger, job_id: str = "job") -> list[tuple[int, int]]:
+    return [(unit.start, unit.end) for unit in ledger.quarantined(job_id)]
 
 
 def drain_wakes(ledger: Ledger) -> list[str]:
@@ -163,10 +175,11 @@ def test_an_unknown_job_is_not_found(ledger: Ledger) -> None:
 def test_update_of_a_job_that_changed_is_a_conflict_and_changes_nothing(ledger: Ledger) -> None:
     ledger.submit("job", SPEC)
     ledger.update("job", 1, {"speed": 5})
+    last = ledger.last_event_id()
     with pytest.raises(ConflictError):
         ledger.update("job", 1, {"speed": 9}, events=[NewEvent(EventName.BLOCK_JOB_READY, {})])
     assert (ledger.job("job").job.speed, ledger.job("job").version) == (5, 2)
-    assert ledger.events() == []
+    assert ledger.events(last) == []
 
 
 def test_every_kind_of_field_survives_the_ledger(ledger: Ledger) -> None:
@@ -216,6 +229,25 @@ def test_a_dismissed_id_starts_anew(ledger: Ledger) -> None:
     assert {claim(ledger, "a").start, claim(ledger, "b").start} == {0, UNIT}
 
 
+def test_concluded_jobs_beyond_a_number_are_surplus_those_first_that_ended_first(ledger: Ledger) -> None:
+    for job_id in ("first", "second", "third", "active"):
+        ledger.submit(job_id, SPEC)
+    for job_id in ("third", "first", "second"):
+        update(ledger, job_id, state=State.CONCLUDED)
+    assert ledger.surplus(3) == []
+    assert ledger.surplus(1) == ["third", "first"]
+    ledger.dismiss("third", ledger.job("third").version)
+    assert ledger.surplus(1) == ["first"]
+    assert ledger.surplus(0) == ["first", "second"]
+
+
+def test_a_surplus_is_named_in_bounded_pieces(ledger: Ledger) -> None:
+    for n in range(SURPLUS_JOBS + 5):
+        ledger.submit(f"job{n}", SPEC)
+        update(ledger, f"job{n}", state=State.CONCLUDED)
+    assert ledger.surplus(2) == [f"job{n}" for n in range(SURPLUS_JOBS)]
+
+
 # -- leadership -----------------------------------------------------------------------------------------------
 
 
@@ -236,6 +268,17 @@ def test_a_lapsed_or_resigned_term_is_followed_by_a_greater_one(ledger: Ledger) 
     assert ledger.lead("two", HOUR_MS) == Term(3, "two")
 
 
+def test_a_term_that_runs_is_seen_by_all(ledger: Ledger) -> None:
+    assert not ledger.led()
+    ledger.lead("one", 0)
+    assert not ledger.led()
+    term = ledger.lead("one", HOUR_MS)
+    assert term is not None
+    assert ledger.led()
+    ledger.resign(term)
+    assert not ledger.led()
+
+
 def test_a_generation_is_raised_past_what_was_found_elsewhere(ledger: Ledger) -> None:
     assert ledger.lead("one", HOUR_MS, at_least=40) == Term(41, "one")
     assert ledger.lead("one", HOUR_MS, at_least=41) == Term(42, "one")
@@ -249,6 +292,7 @@ def test_a_deposed_leader_is_refused_in_every_step(ledger: Ledger) -> None:
     assert ledger.lead("new", HOUR_MS) is not None
     for step in (
         lambda: ledger.update("job", 1, {"speed": 1}, term=old),
+        lambda: ledger.dismiss("job", 1, old),
         lambda: ledger.reap(old, 3),
         lambda: ledger.adopt_run(old, 0),
         lambda: ledger.reap(Term(2, "old"), 3),
@@ -330,6 +374,15 @@ def test_a_job_that_may_not_run_gives_no_claims_and_says_so_to_its_holders(
     assert claim(ledger, "token").job_id == "job"
 
 
+def test_a_cancel_by_force_is_told_to_holders_as_such(ledger: Ledger) -> None:
+    start(ledger, units=1)
+    held = claim(ledger, "held")
+    for cancel, force in (("soft", False), ("force", True)):
+        update(ledger, "job", cancel_requested=cancel)
+        told = ledger.renew("job", held.unit_id, "held", HOUR_MS)
+        assert told == Directive(held=True, run=False, speed=0, force=force)
+
+
 def test_paused_jobs_do_not_hide_the_one_that_runs(ledger: Ledger) -> None:
     for n in range(50):
         start(ledger, f"paused{n}")
@@ -391,7 +444,7 @@ def test_a_stale_token_changes_nothing(ledger: Ledger) -> None:
         changes={"error": "x"},
     )
     assert ledger.job("job") == before
-    assert [event["event"] for event in ledger.events()] == ["JOB_STATUS_CHANGE"]
+    assert [event["data"] for event in ledger.events()] == [{"status": "created"}, {"status": "running"}]
 
 
 def test_only_a_plan_unit_plans_and_only_a_settle_unit_settles(ledger: Ledger) -> None:
@@ -399,6 +452,41 @@ def test_only_a_plan_unit_plans_and_only_a_settle_unit_settles(ledger: Ledger) -
     held = claim(ledger, "token")
     assert not ledger.add_units("job", held.unit_id, "token", UnitKind.COPY, UNIT, 200, planned(1))
     assert not ledger.redo("job", held.unit_id, "token", [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "recorded"),
+    [(UnitKind.TASK, "settled"), (UnitKind.PUBLISH, "published"), (UnitKind.ABANDON, "abandoned")],
+)
+def test_units_of_a_repository_record_what_they_did(ledger: Ledger, kind: UnitKind, recorded: str) -> None:
+    start(ledger)
+    ledger.update("job", ledger.job("job").version, {}, new_unit=NewUnit(kind, 1), drop_units=True)
+    assert finish(ledger, claim(ledger, "t")) is Finished.DONE
+    record = ledger.job("job").job
+    assert getattr(record, recorded)
+    assert [record.settled, record.published, record.abandoned].count(True) == 1
+
+
+def test_results_of_a_pass_are_kept_in_order_and_go_with_its_units(ledger: Ledger) -> None:
+    start(ledger, units=3)
+    for text in ("first", "", "last"):
+        held = claim(ledger, text or "none")
+        for _ in range(2):  # said again, it is kept once
+            ledger.finish(held.job_id, held.unit_id, held.token, result=text)
+    assert ledger.results("job") == ["first", "last"]
+    ledger.update("job", ledger.job("job").version, {}, drop_units=True)
+    assert ledger.results("job") == []
+
+
+def test_an_aborting_job_runs_its_closing_unit_and_no_other(ledger: Ledger) -> None:
+    start(ledger, units=2)
+    update(ledger, "job", cancel_requested="soft", state=State.ABORTING)
+    assert ledger.claim("w", "t", HOUR_MS) is None
+    closing = NewUnit(UnitKind.ABANDON, 1)
+    ledger.update("job", ledger.job("job").version, {"closing": True}, new_unit=closing, drop_units=True)
+    held = claim(ledger, "t2")
+    assert held.kind is UnitKind.ABANDON
+    assert ledger.renew("job", held.unit_id, "t2", HOUR_MS).run
 
 
 def test_a_target_belongs_to_one_active_job(ledger: Ledger) -> None:
@@ -509,11 +597,71 @@ def test_a_unit_is_quarantined_at_its_last_counted_attempt(ledger: Ledger) -> No
     drain_wakes(ledger)
     version = ledger.job("job").version
     assert release(ledger, claim(ledger, "t2"), max_attempts=2)
-    assert ledger.quarantined("job") == [(0, UNIT)]
+    assert quarantined(ledger) == [(0, UNIT)]
     job = ledger.job("job").job
     assert (job.units_quarantined, job.units_ready, job.units_leased) == (1, 0, 0)
     assert (drain_wakes(ledger), ledger.job("job").version) == (["job"], version + 1)
     assert ledger.claim("worker", "t3", HOUR_MS) is None
+
+
+@pytest.mark.parametrize(
+    ("events", "error"),
+    [
+        ([], ""),
+        (
+            [
+                NewEvent(EventName.BLOCK_JOB_ERROR, {"error": "one"}),
+                NewEvent(EventName.BLOCK_JOB_ERROR, {"error": "two"}),
+            ],
+            "two",
+        ),
+    ],
+)
+def test_a_given_up_unit_tells_the_error_it_was_given_back_with_last(
+    ledger: Ledger, events: list[NewEvent], error: str
+) -> None:
+    start(ledger, units=1)
+    for n in range(2):
+        held = claim(ledger, f"t{n}")
+        assert ledger.release(
+            "job",
+            held.unit_id,
+            held.token,
+            remaining=held.extents,
+            done_bytes=0,
+            bytes_read=0,
+            bytes_sent=0,
+            count_attempt=True,
+            max_attempts=2,
+            events=events,
+        )
+    assert ledger.quarantined("job") == [QuarantinedUnit(0, UNIT, UnitKind.COPY, 2, error)]
+
+
+def test_given_up_units_are_ready_again_when_they_are_retried_and_their_attempts_start_anew(ledger: Ledger) -> None:
+    start(ledger, units=13)
+    held = [claim(ledger, f"t{n}") for n in range(13)]
+    for one in held[1:]:  # more than nine: their numbers order them, not their names
+        assert release(ledger, one, max_attempts=1)
+    update(ledger, "job", speed=1)
+    assert ledger.job("job").job.units_quarantined == 12
+    job = ledger.update("job", ledger.job("job").version, {}, retry_quarantined=True)
+    assert (job.units_quarantined, job.units_ready, job.units_leased) == (0, 12, 1)
+    assert ledger.quarantined("job") == []
+    again = [claim(ledger, f"again{n}") for n in range(12)]
+    assert [one.unit_id for one in again] == [one.unit_id for one in held[1:]]
+    assert {one.failures for one in again} == {0}
+    for one in [held[0], *again]:
+        assert finish(ledger, one) is Finished.DONE
+    assert ledger.job("job").job.offset == 13 * UNIT
+
+
+def test_an_expired_lease_is_still_doubted_after_a_retry(ledger: Ledger) -> None:
+    start(ledger, units=1)
+    claim(ledger, "zombie", lease_ms=0)
+    ledger.reap(leader(ledger), 1)
+    ledger.update("job", ledger.job("job").version, {}, retry_quarantined=True)
+    assert claim(ledger, "again").expired == 1
 
 
 def test_release_applies_its_changes_and_events_in_one_step(ledger: Ledger) -> None:
@@ -574,7 +722,7 @@ def test_a_unit_whose_leases_keep_expiring_is_quarantined(ledger: Ledger) -> Non
     claim(ledger, "t2", lease_ms=0)
     drain_wakes(ledger)
     assert ledger.reap(term, 2) == []
-    assert ledger.quarantined("job") == [(0, UNIT)]
+    assert quarantined(ledger) == [(0, UNIT)]
     assert drain_wakes(ledger) == ["job"]
 
 
@@ -640,6 +788,113 @@ def test_one_holder_does_all_of_a_unit_that_a_zombie_may_write_to(ledger: Ledger
     assert release(ledger, held, remaining=pack_extents([Extent(60, 40, Status.DATA)]), done_bytes=60)
     assert ledger.job("job").job.offset == 0
     assert claim(ledger, "all").extents == held.extents
+
+
+# -- flushes that fail ----------------------------------------------------------------------------------------
+
+
+def test_a_unit_whose_flush_failed_is_to_be_rewritten_until_it_is_done(ledger: Ledger) -> None:
+    start(ledger, units=1)
+    first = claim(ledger, "t1")
+    assert not first.rewrite
+    lose_flush(ledger, first)
+    second = claim(ledger, "t2")
+    assert (second.rewrite, second.failures, second.extents) == (True, 0, first.extents)
+    assert release(ledger, second, remaining=pack_extents([Extent(60, 40, Status.DATA)]), done_bytes=60)
+    third = claim(ledger, "t3")
+    assert third.rewrite
+    assert finish(ledger, third) is Finished.DONE
+
+
+def test_a_unit_that_was_leased_when_a_flush_failed_is_not_done_when_it_is_finished(ledger: Ledger) -> None:
+    start(ledger, units=2)
+    told, untold = claim(ledger, "told"), claim(ledger, "untold")
+    lose_flush(ledger, told)
+    drain_wakes(ledger)
+    assert finish(ledger, untold, bytes_read=UNIT, bytes_sent=UNIT) is Finished.AGAIN
+    assert finish(ledger, untold, bytes_read=UNIT, bytes_sent=UNIT) is Finished.STALE
+    job = ledger.job("job").job
+    assert (job.offset, job.bytes_read, job.units_ready, job.units_leased, job.units_done) == (0, 0, 2, 0, 1)
+    assert drain_wakes(ledger) == []
+    for held in (claim(ledger, "t1"), claim(ledger, "t2")):
+        assert held.rewrite
+        assert finish(ledger, held) is Finished.DONE
+    assert ledger.job("job").job.offset == 2 * UNIT
+
+
+def test_a_unit_finished_during_the_lease_of_a_failed_flush_is_ready_again(ledger: Ledger) -> None:
+    start(ledger, units=2)
+    told, untold = claim(ledger, "told"), claim(ledger, "untold")
+    assert finish(ledger, untold) is Finished.DONE
+    lose_flush(ledger, told)
+    job = ledger.job("job").job
+    assert (job.offset, job.units_ready, job.units_done) == (0, 2, 1)
+    assert [claim(ledger, "t1").rewrite, claim(ledger, "t2").rewrite] == [True, True]
+
+
+def test_what_was_given_back_in_part_during_the_lease_of_a_failed_flush_is_all_to_be_done(ledger: Ledger) -> None:
+    start(ledger, units=3)
+    told = claim(ledger, "told")
+    rest = pack_extents([Extent(60, 40, Status.DATA)])
+    ready, leased = claim(ledger, "t1"), claim(ledger, "t2")
+    for part in (leased, ready):
+        assert release(ledger, part, remaining=rest, done_bytes=60)
+    again = claim(ledger, "t3")
+    assert again.unit_id == leased.unit_id
+    lose_flush(ledger, told)
+    assert ledger.job("job").job.offset == 0
+    assert release(ledger, again, remaining=rest, done_bytes=40)
+    assert ledger.job("job").job.offset == 0
+    later = {held.unit_id: held for held in (claim(ledger, f"u{n}") for n in range(3))}
+    for first in (told, ready, leased):
+        assert (later[first.unit_id].extents, later[first.unit_id].rewrite) == (first.extents, True)
+
+
+def test_units_whose_leases_did_not_overlap_that_of_a_failed_flush_stand(ledger: Ledger) -> None:
+    start(ledger, units=3)
+    finish(ledger, claim(ledger, "before"))
+    lose_flush(ledger, claim(ledger, "told"))
+    after = claim(ledger, "after")
+    assert not after.rewrite
+    assert finish(ledger, after) is Finished.DONE
+    assert ledger.job("job").job.offset == 2 * UNIT
+
+
+def test_what_a_failed_flush_spoils_of_a_lease_ends_with_the_lease(ledger: Ledger) -> None:
+    start(ledger, units=2)
+    told, lost = claim(ledger, "told"), claim(ledger, "lost")
+    lose_flush(ledger, told)
+    ledger.renew("job", lost.unit_id, "lost", 0)
+    ledger.reap(leader(ledger), 0)
+    for held in (claim(ledger, "t1"), claim(ledger, "t2")):
+        assert held.rewrite
+        assert finish(ledger, held) is Finished.DONE
+
+
+def test_a_suspect_that_a_failed_flush_may_have_lost_is_a_suspect_again_when_it_is_rewritten(ledger: Ledger) -> None:
+    start(ledger, units=2)
+    claim(ledger, "late", lease_ms=0)
+    ledger.reap(leader(ledger), 0)
+    told, suspect = claim(ledger, "told"), claim(ledger, "again")
+    assert suspect.expired == 1
+    assert ledger.finish("job", suspect.unit_id, "again", digest="old") is Finished.DONE
+    lose_flush(ledger, told)
+    for n in range(2):
+        held = claim(ledger, f"t{n}")
+        assert ledger.finish("job", held.unit_id, f"t{n}", digest="new") is Finished.DONE
+    ledger.update("job", ledger.job("job").version, {}, new_unit=NewUnit(UnitKind.SETTLE, 1))
+    settle = claim(ledger, "settle")
+    assert [s.digest for s in ledger.suspects("job", settle.unit_id, "settle", 0)] == ["new"]
+
+
+def test_a_failed_flush_of_a_settle_unit_loses_no_copy(ledger: Ledger) -> None:
+    """All of it was flushed before; the settle unit wrote nothing."""
+    start(ledger, units=1)
+    finish(ledger, claim(ledger, "copy"))
+    ledger.update("job", ledger.job("job").version, {}, new_unit=NewUnit(UnitKind.SETTLE, 1))
+    lose_flush(ledger, claim(ledger, "settle"))
+    job = ledger.job("job").job
+    assert (job.offset, job.units_ready) == (UNIT, 1)
 
 
 # -- a new pass -----------------------------------------------------------------------------------------------
@@ -718,6 +973,78 @@ def test_a_restarted_server_claims_nothing_until_adopted_and_doubts_every_lease(
     assert {c.unit_id for c in claimed if c.expired} == {held.unit_id}
 
 
+def resign_and_adopt(ledger: Ledger, term: Term) -> None:
+    """What a change of leaders comes to: the next one adopts a run that it does not know, with the longest hold."""
+    ledger.resign(term)
+    successor = ledger.lead("successor", HOUR_MS)
+    assert successor is not None
+    if not ledger.run_is_known():
+        ledger.adopt_run(successor, hold_ms=HOUR_MS)
+
+
+def test_nobody_waits_after_a_leader_resigned_while_no_lease_was_out(ledger: Ledger) -> None:
+    start(ledger)
+    term = leader(ledger)
+    ledger.resign(term)
+    assert ledger.claim("worker", "early", HOUR_MS) is None, "the next leader could not know of this lease"
+    resign_and_adopt(ledger, term)
+    assert claim(ledger, "token").kind is UnitKind.PLAN
+
+
+def test_nobody_waits_for_a_server_that_restarted_after_its_leader_had_resigned(
+    restartable: tuple[Ledger, Callable[[], None]],
+) -> None:
+    ledger, restart = restartable
+    start(ledger)
+    term = leader(ledger)
+    ledger.resign(term)
+    restart()
+    resign_and_adopt(ledger, term)
+    assert claim(ledger, "token").kind is UnitKind.PLAN
+
+
+def test_leases_outlive_a_leader_that_resigns(ledger: Ledger) -> None:
+    start(ledger, units=2)
+    held = claim(ledger, "held")
+    ledger.resign(leader(ledger))
+    assert ledger.run_is_known()
+    assert claim(ledger, "another").kind is UnitKind.COPY, "claims need no leader"
+    assert finish(ledger, held) is Finished.DONE
+
+
+def test_a_lease_that_is_out_when_the_leader_resigns_is_waited_for_after_a_restart(
+    restartable: tuple[Ledger, Callable[[], None]],
+) -> None:
+    ledger, restart = restartable
+    start(ledger, units=2)
+    claim(ledger, "held")
+    term = leader(ledger)
+    ledger.resign(term)
+    restart()
+    resign_and_adopt(ledger, term)
+    assert ledger.claim("worker", "token", HOUR_MS) is None
+
+
+def test_a_leader_that_resigns_shortens_no_hold(ledger: Ledger) -> None:
+    start(ledger)
+    term = leader(ledger)
+    ledger.adopt_run(term, hold_ms=HOUR_MS)
+    resign_and_adopt(ledger, term)
+    assert ledger.claim("worker", "token", HOUR_MS) is None
+
+
+def test_a_leader_that_resigns_before_it_adopted_a_restarted_server_leaves_that_to_the_next(
+    restartable: tuple[Ledger, Callable[[], None]],
+) -> None:
+    ledger, restart = restartable
+    start(ledger)
+    restart()
+    term = ledger.lead("leader", HOUR_MS)
+    assert term is not None
+    resign_and_adopt(ledger, term)
+    assert ledger.claim("worker", "token", HOUR_MS) is None
+
+
 # -- wakes, doorbells, workers --------------------------------------------------------------------------------
 
 
@@ -783,18 +1110,71 @@ def test_a_changed_speed_counts_from_now(ledger: Ledger) -> None:
     assert ledger.take("job", 100_000, speed=0, burst=1000) == 0
 
 
+# -- how fast a job goes --------------------------------------------------------------------------------------
+
+
+def test_progress_is_timed_and_an_old_mark_gives_way(ledger: Ledger) -> None:
+    start(ledger, units=4)
+    begun = ledger.job("job").job
+    assert begun.rate_from_at == begun.rate_mark_at == begun.progress_at
+    assert abs(begun.progress_at - time.time()) < 60
+    finish(ledger, claim(ledger, "t1"))
+    young = ledger.job("job").job
+    assert (young.rate_from_offset, young.rate_mark_offset, young.rate_mark_at) == (0, 0, begun.rate_mark_at)
+    assert young.active_s == pytest.approx(young.progress_at - begun.progress_at, abs=1e-3)
+    old = young.progress_at - RATE_WINDOW_S
+    update(ledger, "job", rate_mark_at=old, rate_mark_offset=7, progress_at=old)
+    held = claim(ledger, "t2")
+    assert release(ledger, held, remaining=pack_extents([Extent(160, 40, Status.DATA)]), done_bytes=60)
+    moved = ledger.job("job").job
+    assert (moved.rate_from_at, moved.rate_from_offset) == (pytest.approx(old), 7)
+    assert (moved.rate_mark_at, moved.rate_mark_offset) == (moved.progress_at, UNIT + 60)
+    assert moved.active_s == pytest.approx(young.active_s + moved.progress_at - old, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop"),
+    [({"state": State.READY}, False), ({"speed": 5}, False), ({"plan_done": False}, True)],
+    ids=["state", "speed", "pass"],
+)
+def test_what_changes_how_fast_a_job_goes_restarts_its_rate(
+    ledger: Ledger, changes: dict[str, object], drop: bool
+) -> None:
+    start(ledger, units=2)
+    finish(ledger, claim(ledger, "t1"))
+    update(ledger, "job", rate_from_at=1.0, rate_mark_at=2.0, progress_at=3.0)
+    same = update(ledger, "job", state=State.RUNNING, speed=0, error="x")
+    assert (same.rate_from_at, same.rate_mark_at, same.progress_at) == (1.0, 2.0, 3.0)
+    job = ledger.update("job", ledger.job("job").version, changes, drop_units=drop)
+    assert abs(job.progress_at - time.time()) < 60
+    assert job.rate_from_at == job.rate_mark_at == job.progress_at
+    assert (job.rate_from_offset, job.rate_mark_offset) == (UNIT, UNIT)
+
+
 # -- events ---------------------------------------------------------------------------------------------------
+
+
+def test_a_jobs_events_begin_with_created_and_end_with_null(ledger: Ledger) -> None:
+    ledger.submit("job", SPEC, "key")
+    ledger.submit("job", SPEC)
+    ledger.submit("another", SPEC, "key")
+    update(ledger, "job", state=State.CONCLUDED)
+    ledger.dismiss("job", ledger.job("job").version)
+    changes = [(e["event"], e["job"], e["data"]) for e in ledger.events(job_id="job")]
+    assert changes == [("JOB_STATUS_CHANGE", "job", {"status": status}) for status in ("created", "concluded", "null")]
+    assert len(ledger.events()) == 3
 
 
 def test_events_come_in_order_and_a_state_change_has_one(ledger: Ledger) -> None:
     ledger.submit("job", SPEC)
     ledger.submit("other", SPEC)
+    created = ledger.last_event_id()
     update(ledger, "job", state=State.RUNNING)
     ready = NewEvent(EventName.BLOCK_JOB_READY, {"len": 5})
     ledger.update("job", ledger.job("job").version, {"state": State.READY}, events=[ready])
     update(ledger, "job", state=State.READY)
     update(ledger, "other", state=State.ABORTING)
-    events = ledger.events()
+    events = ledger.events(created)
     assert [(e["event"], e["job"], e["data"]) for e in events] == [
         ("JOB_STATUS_CHANGE", "job", {"status": "running"}),
         ("JOB_STATUS_CHANGE", "job", {"status": "ready"}),
@@ -805,8 +1185,8 @@ def test_events_come_in_order_and_a_state_change_has_one(ledger: Ledger) -> None
     ids = [e["id"] for e in events]
     assert ledger.last_event_id() == ids[-1]
     assert [e["id"] for e in ledger.events(ids[1])] == ids[2:]
-    assert [e["id"] for e in ledger.events(limit=2)] == ids[:2]
-    assert [e["id"] for e in ledger.events(job_id="other", limit=1)] == ids[3:], "those of others are read past"
+    assert [e["id"] for e in ledger.events(created, limit=2)] == ids[:2]
+    assert [e["id"] for e in ledger.events(created, job_id="other", limit=1)] == ids[3:], "others' are read past"
 
 
 def test_waiting_for_events_ends_with_the_first(ledger: Ledger) -> None:
@@ -814,6 +1194,7 @@ def test_waiting_for_events_ends_with_the_first(ledger: Ledger) -> None:
     assert ledger.events(wait_s=0.01) == []
     for job_id in ("job", "other"):
         ledger.submit(job_id, SPEC)
+    last = ledger.last_event_id()
 
     def cause() -> None:
         update(ledger, "other", state=State.RUNNING)
@@ -822,7 +1203,7 @@ def test_waiting_for_events_ends_with_the_first(ledger: Ledger) -> None:
     causing = threading.Timer(0.05, cause)
     causing.start()
     began = time.monotonic()
-    (event,) = ledger.events(wait_s=30, job_id="job")
+    (event,) = ledger.events(last, wait_s=30, job_id="job")
     assert (event["job"], time.monotonic() - began < 15) == ("job", True)
     causing.join()
 
@@ -834,3 +1215,7 @@ def test_a_senseless_event_id_is_a_usage_error(ledger: Ledger) -> None:
 
 def test_ping_answers(ledger: Ledger) -> None:
     ledger.ping()
+
+
+def test_a_server_set_up_as_it_should_be_has_no_shortcomings(ledger: Ledger) -> None:
+    assert ledger.shortcomings() == []

@@ -16,7 +16,8 @@ from coordinator.ledger import NewUnit, RedisLedger, Term, open_ledger
 from coordinator.model.errors import UnavailableError, UsageError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.job import JobSpec, State
-from coordinator.model.units import PlannedUnit, UnitKind
+from coordinator.model.units import Claim, PlannedUnit, UnitKind
+from tests.contract.conftest import ValkeyServer
 
 SPEC = JobSpec(source="/a", target="/b")
 HOUR_MS = 3_600_000
@@ -91,6 +92,19 @@ def test_a_full_memory_is_unavailable_and_changes_nothing(server: Redis, ledger:
         server.config_set("maxmemory", "0")
 
 
+def test_a_server_that_may_evict_or_forget_says_so_with_what_to_do(own_valkey: ValkeyServer) -> None:
+    with (
+        closing(Redis.from_url(own_valkey.url)) as server,
+        closing(open_ledger(own_valkey.url)) as ledger,
+    ):
+        server.config_set("maxmemory-policy", "allkeys-lru")
+        server.config_set("appendonly", "no")
+        evicts, forgets = ledger.shortcomings()
+    assert "allkeys-lru" in evicts
+    assert "set maxmemory-policy noeviction" in evicts
+    assert "set appendonly yes" in forgets
+
+
 def test_a_server_that_forgot_the_scripts_is_taught_again(server: Redis, ledger: RedisLedger) -> None:
     ledger.submit("job", SPEC)
     server.script_flush()
@@ -141,6 +155,35 @@ def test_forgotten_units_are_swept_in_batches(
         counts.append(left())
     assert counts == [35, 26, 16, 6, 0]
     assert not server.exists(f"{prefix}trash")
+
+
+def test_records_of_done_units_are_kept_while_an_older_lease_lasts_and_no_longer(
+    server: Redis, ledger: RedisLedger, prefix: str
+) -> None:
+    """The plan still streams: its lease, however long, keeps none."""
+    plan(ledger, 6)
+
+    def claimed(token: str) -> Claim:
+        held = ledger.claim("worker", token, HOUR_MS)
+        assert held is not None
+        return held
+
+    def records() -> int:
+        return len(list(server.scan_iter(f"{prefix}unit:*", count=1000)))
+
+    before = records()
+    ledger.finish("job", claimed("alone").unit_id, "alone")
+    assert records() == before - 1
+    old = claimed("old")
+    for n in range(3):
+        ledger.finish("job", claimed(f"t{n}").unit_id, f"t{n}")
+    assert records() == before - 1
+    young = claimed("young")
+    ledger.finish("job", old.unit_id, "old")
+    assert records() == before - 4, "only what was finished since the young one was claimed may still be lost"
+    ledger.finish("job", young.unit_id, "young")
+    assert records() == before - 6
+    assert not server.exists(f"{prefix}recent:job")
 
 
 def test_a_dismissed_job_leaves_nothing_behind(server: Redis, ledger: RedisLedger, prefix: str) -> None:

@@ -101,6 +101,7 @@ class Twins(RuleBasedStateMachine):
         ),
         kind=st.sampled_from([None, UnitKind.PLAN, UnitKind.SETTLE]),
         drop=st.sampled_from([False, False, False, True]),
+        retry=st.booleans(),
         fenced=st.booleans(),
         event=st.booleans(),
     )
@@ -111,6 +112,7 @@ class Twins(RuleBasedStateMachine):
         changes: dict[str, Any],
         kind: UnitKind | None,
         drop: bool,
+        retry: bool,
         fenced: bool,
         event: bool,
     ) -> None:
@@ -123,6 +125,7 @@ class Twins(RuleBasedStateMachine):
                 events=[NewEvent(EventName.BLOCK_JOB_READY, {"x": version})] if event else [],
                 new_unit=NewUnit(kind, 1) if kind else None,
                 drop_units=drop,
+                retry_quarantined=retry,
                 term=self.term if fenced else None,
             )
         )
@@ -133,20 +136,22 @@ class Twins(RuleBasedStateMachine):
         changes = {"state": state, "pause_requested": False, "cancel_requested": "", "plan_cursor": 0}
         self.both(lambda led: led.update(job_id, version, changes, new_unit=NewUnit(UnitKind.PLAN, 1)))
 
-    @rule(job_id=_jobs, off=st.sampled_from([0, 0, -1]))
-    def dismiss(self, job_id: str, off: int) -> None:
+    @rule(job_id=_jobs, off=st.sampled_from([0, 0, -1]), fenced=st.booleans())
+    def dismiss(self, job_id: str, off: int, fenced: bool) -> None:
         version = self.version(job_id, off)
-        self.both(lambda ledger: ledger.dismiss(job_id, version))
+        self.both(lambda ledger: ledger.dismiss(job_id, version, self.term if fenced else None))
 
     @rule(nonce=st.sampled_from(["one", "two"]), at_least=st.sampled_from([0, 0, 5]))
     def lead(self, nonce: str, at_least: int) -> None:
         self.term = self.both(lambda ledger: ledger.lead(nonce, HOUR_MS, at_least)) or self.term
 
-    @rule(nonce=st.sampled_from(["one", "two"]))
-    def change_of_leader(self, nonce: str) -> None:
+    @rule(nonce=st.sampled_from(["one", "two"]), adopts=st.sampled_from([True, True, True, False]))
+    def change_of_leader(self, nonce: str, adopts: bool) -> None:
         self.both(lambda ledger: ledger.resign(self.term))
         self.both(lambda ledger: ledger.reap(self.term, 1))
         self.lead(nonce, 0)
+        if adopts and not self.both(lambda ledger: ledger.run_is_known()):
+            self.adopt()
 
     @rule()
     def adopt(self) -> None:
@@ -211,15 +216,23 @@ class Twins(RuleBasedStateMachine):
         held = self.claimed(which)
         self.both(
             lambda ledger: ledger.finish(
-                held.job_id, held.unit_id, held.token, bytes_read=UNIT, bytes_sent=sent, digest=held.token
+                held.job_id,
+                held.unit_id,
+                held.token,
+                bytes_read=UNIT,
+                bytes_sent=sent,
+                digest=held.token,
+                result=held.token if sent else "",
             )
         )
+        self.both(lambda ledger: ledger.results(held.job_id))
 
     @rule(
         which=_which,
         done=_bytes,
         empty=st.sampled_from([False, False, False, True]),
         counted=st.booleans(),
+        flush_failed=st.booleans(),
         delay_ms=st.sampled_from([0, 0, HOUR_MS]),
         max_attempts=st.integers(0, 2),
         changes=st.sampled_from([{}, {}, {"error": "x"}, {"pause_requested": True}]),
@@ -230,6 +243,7 @@ class Twins(RuleBasedStateMachine):
         done: int,
         empty: bool,
         counted: bool,
+        flush_failed: bool,
         delay_ms: int,
         max_attempts: int,
         changes: dict[str, Any],
@@ -246,6 +260,7 @@ class Twins(RuleBasedStateMachine):
                 bytes_read=done,
                 bytes_sent=done,
                 count_attempt=counted,
+                flush_failed=flush_failed,
                 delay_ms=delay_ms,
                 max_attempts=max_attempts,
                 events=[NewEvent(EventName.BLOCK_JOB_ERROR, changes)] if changes else [],
@@ -263,9 +278,8 @@ class Twins(RuleBasedStateMachine):
     @rule(job_id=_jobs, all_of_them=st.booleans())
     def suspect(self, job_id: str, all_of_them: bool) -> None:
         """Leases run out; the units that are ready then are done, and a settle unit looks at them."""
-        self.update(
-            job_id, 0, {"state": State.RUNNING, "max_writers": 0, "pause_requested": False}, None, False, False, False
-        )
+        runs = {"state": State.RUNNING, "max_writers": 0, "pause_requested": False}
+        self.update(job_id, 0, runs, kind=None, drop=False, retry=False, fenced=False, event=False)
         self.claim(4)
         for claim in [claim for claim in self.held if claim.kind is UnitKind.COPY][-2:]:
             self.both(lambda ledger, c=claim: ledger.renew(c.job_id, c.unit_id, c.token, 0))
@@ -315,6 +329,8 @@ class Twins(RuleBasedStateMachine):
             self.both(lambda ledger, job_id=job.id: ledger.job(job_id))
             self.both(lambda ledger, job_id=job.id: ledger.quarantined(job_id))
         self.both(lambda ledger: ledger.active_jobs())
+        self.both(lambda ledger: ledger.surplus(1))
+        self.both(lambda ledger: ledger.led())
         self.both(lambda ledger: ledger.work_is_ready())
         self.both(lambda ledger: ledger.events())
 
@@ -332,7 +348,8 @@ def _observable(answer: Any) -> Any:
     if isinstance(answer, dict) and "event" in answer:
         return (answer["event"], answer["job"], answer["data"])
     if hasattr(answer, "created_at"):
-        return answer.model_copy(update={"created_at": 0.0})
+        timed = ("created_at", "active_s", "progress_at", "rate_from_at", "rate_mark_at")
+        return answer.model_copy(update=dict.fromkeys(timed, 0.0))
     if hasattr(answer, "version"):
         return _observable(answer.job), answer.version
     return answer

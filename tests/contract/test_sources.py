@@ -40,6 +40,7 @@ from tests.contract.disks import (
     serving,
 )
 from workers.access import Access
+from workers.nbd.session import SessionLimits
 from workers.sources import Source, open_source
 from workers.sources.qcow2 import Qcow2Source
 
@@ -144,6 +145,13 @@ class TestEverySource:
         with pytest.raises(DiskIOError):
             read(source, source.size - 10, 20)
 
+    def test_an_abort_ends_what_waits_for_a_server(self, disk: Disk, opened: Opener) -> None:
+        source = opened(disk.uri)
+        source.abort()
+        if source.nbd_endpoint() is not None:
+            with pytest.raises(DiskIOError):
+                read(source, 0, 512)
+
     def test_is_one_disk_however_often_it_is_opened(self, disk: Disk, opened: Opener) -> None:
         one, other = opened(disk.uri), opened(disk.uri)
         assert one.identity() == other.identity()
@@ -210,7 +218,7 @@ class TestRaw:
     def test_does_not_change_when_a_qemu_process_reads_it(self, tmp_path: Path, opened: Opener) -> None:
         path = make_raw(tmp_path / "disk.img", b"x" * MIB)
         with serving(tmp_path / "s", "qemu-nbd", "-t", "-e", "0", "-r", "-f", "raw", str(path)):
-            assert not opened(nbd_uri(tmp_path / "s")).may_change
+            opened(nbd_uri(tmp_path / "s"))
             assert not opened(parse(str(path))).may_change
 
 
@@ -314,10 +322,22 @@ class TestNbd:
         ):
             opened(nbd_uri(tmp_path / "s"), Sync.TOP)
 
-    def test_a_writable_export_may_change(self, tmp_path: Path, opened: Opener) -> None:
+    @pytest.mark.parametrize("options", [(), ("-r",)])
+    def test_any_export_may_change(self, tmp_path: Path, opened: Opener, options: tuple[str, ...]) -> None:
+        """A read-only one too: it keeps us from writing, not the guest whose disk it shows."""
         path = make_raw(tmp_path / "disk.img", b"x" * MIB)
-        with serving(tmp_path / "s", "qemu-nbd", "-t", "-e", "0", "-f", "raw", str(path)):
+        with serving(tmp_path / "s", "qemu-nbd", "-t", "-e", "0", *options, "-f", "raw", str(path)):
             assert opened(nbd_uri(tmp_path / "s")).may_change
+
+    def test_a_server_that_lets_one_client_in_has_one_reader(self, tmp_path: Path, access: Access) -> None:
+        path = make_raw(tmp_path / "disk.img", b"x" * MIB)
+        limits = SessionLimits(connections=2, timeout_s=0.5)
+        for shared, readers in ((1, 1), (2, 0)):
+            command = ("qemu-nbd", "-t", "-r", "-f", "raw", f"--shared={shared}", str(path))
+            with serving(tmp_path / "s", *command):
+                source = open_source(nbd_uri(tmp_path / "s"), Sync.FULL, None, access, limits)
+                assert source.max_readers == readers
+                source.close()
 
     def test_a_missing_export_is_named(self, tmp_path: Path, opened: Opener) -> None:
         path = make_raw(tmp_path / "disk.img", b"x" * MIB)

@@ -151,6 +151,20 @@ class TestEveryTarget:
         found = read_again(disk.uri, access)
         assert all(found[o : o + 8] == o.to_bytes(8, "big") for o in offsets)
 
+    def test_a_server_gets_nothing_more_after_an_abort(self, disk: Disk, target: Target, access: Access) -> None:
+        target.abort()
+        if target.nbd_endpoint() is not None:
+            with pytest.raises(DiskIOError):
+                target.write(0, memoryview(b"late"))
+            with pytest.raises(DiskIOError):
+                target.flush()
+        target.close()
+        assert read_again(disk.uri, access) == disk.content
+
+    def test_says_whether_zeroes_have_to_be_sent(self, disk: Disk, target: Target) -> None:
+        target.write_zeroes(0, 4096)  # of a file nothing is known before
+        assert target.can_zero == (not disk.uri.nbd_uri.endswith("single.sock"))
+
     def test_is_the_same_disk_as_a_source_of_the_same_name(self, disk: Disk, target: Target, access: Access) -> None:
         there = existing_target(disk.uri, access)
         assert there is not None

@@ -143,7 +143,7 @@ def demonstrate(lab: Lab) -> list[Copied]:
     results = []
     lab.serve("remote", lab.qemu_nbd("remote", remote, "raw", "--discard=unmap"))
     with lab.serving("disk", lab.qemu_nbd("disk", disk, "qcow2", "-r")) as source:
-        results.append(mirror("all: NBD to NBD", source, lab.uri("remote")))
+        results.append(mirror("all: NBD to NBD", source, lab.uri("remote"), "--source-frozen"))
     results.append(mirror("all: qcow2 to file", str(disk), str(local)))
     for name, copy in (("the NBD server", lab.uri("remote")), ("the file", str(local))):
         compare(disk, copy)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_jobs_outlive_the_stack(state: StateDir, tmpfs_path: Path) -> None:
         assert client.job(job.id).state is State.CONCLUDED
 
 
+def test_the_first_job_after_down_waits_for_nobody(state: StateDir, tmpfs_path: Path) -> None:
+    """Neither for a term of leadership to end nor for leases that nobody holds: those take half a minute."""
+    source = random_disk(tmpfs_path / "source.raw", MIB)
+    assert flushpoint("mirror", str(source), str(tmpfs_path / "first.raw")).returncode == 0
+    assert flushpoint("down").returncode == 0
+    begun = time.monotonic()
+    done = flushpoint("mirror", str(source), str(tmpfs_path / "second.raw"))
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 10
+
+
 def test_down_leaves_no_process(state: StateDir) -> None:
     embedded.ensure_running()
     wait_until(lambda: part(state, "workers") is not None, "the worker")
@@ -141,6 +153,19 @@ def test_settings_that_fit_nothing_are_told_with_the_log(state: StateDir, monkey
         embedded.ensure_running()
     assert str(state.log) in caught.value.remedy
     assert embedded.supervisor_pid(state) is None
+
+
+def test_the_users_file_limits_the_stack_wherever_the_parts_run(
+    state: StateDir, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmpfs_path / "mine.toml").write_text('allowed_roots = ["/nonexistent"]\n')
+    monkeypatch.chdir(tmpfs_path)
+    monkeypatch.setenv("FLUSHPOINT_CONFIG", "mine.toml")
+    source = random_disk(tmpfs_path / "source.raw", MIB)
+    done = flushpoint("mirror", str(source), str(tmpfs_path / "target.raw"))
+    assert done.returncode == 3
+    assert f"{source} is outside the worker's allowed roots: /nonexistent" in done.stderr
+    assert not (tmpfs_path / "target.raw").exists()
 
 
 def test_the_sockets_are_the_owners_alone(state: StateDir) -> None:

@@ -55,7 +55,8 @@ def test_its_data_alone_is_copied(stack: Stack, tmpfs_path: Path, source_kind: s
             target = servers.enter_context(QemuNbd(image)).uri
         elif target_kind == "device":
             target = str(servers.enter_context(loop_device(image)))
-        job = stack.mirror(source, target)
+        # A comparing pass would read every byte of a device, of which nobody knows what is zero.
+        job = stack.mirror(source, target, source_frozen=True)
         assert job.error == "", stack.logs()
     assert job.disk_size == SIZE
     assert job.bytes_sent <= 2 * MIB

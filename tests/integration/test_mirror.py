@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,19 @@ import pytest
 
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import IoStatus, State
-from tests.contract.disks import loop_device
-from tests.stack import MIB, Nbdkit, QemuNbd, Stack, make_disk, random_disk, running_stack, same_bytes, wait_until
-from workers.nbd.connection import connect
-from workers.nbd.endpoint import Endpoint
+from tests.contract.disks import loop_device, serving_tcp
+from tests.stack import (
+    MIB,
+    Nbdkit,
+    QemuNbd,
+    Stack,
+    Writer,
+    make_disk,
+    random_disk,
+    running_stack,
+    same_bytes,
+    wait_until,
+)
 
 pytestmark = pytest.mark.needs("qemu-nbd", "qemu-img", "qemu-io", "nbdkit")
 TIB = 1024**4
@@ -232,6 +240,7 @@ def test_cancel_concludes_and_pretends_no_copy(stack: Stack, disks: Path) -> Non
 def test_a_job_takes_qemus_states_in_order(stack: Stack, disks: Path) -> None:
     job = stack.mirror(random_disk(disks / "source.img", MIB), disks / "target.img")
     assert [e.get("status", e["event"]) for e in stack.events(job.id)] == [
+        "created",
         "running",
         "ready",
         "MIRROR_STATE_CHANGE",
@@ -242,6 +251,7 @@ def test_a_job_takes_qemus_states_in_order(stack: Stack, disks: Path) -> None:
         "concluded",
     ]
     stack.client.dismiss(job.id)
+    assert stack.events(job.id)[-1]["status"] == "null"
 
 
 def test_a_writable_export_is_compared_until_in_sync(stack: Stack, disks: Path) -> None:
@@ -255,29 +265,12 @@ def test_a_writable_export_is_compared_until_in_sync(stack: Stack, disks: Path) 
     assert same_bytes(source, disks / "target.img")
 
 
-class Writer:
-    """Writes to an export again and again, as a guest would, until told to stop."""
-
-    def __init__(self, uri: str) -> None:
-        self._connection = connect(Endpoint.parse(uri))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._write)
-
-    def __enter__(self) -> Writer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._connection.flush()
-        self._connection.close()
-
-    def _write(self) -> None:
-        n = 0
-        while not self._stop.wait(0.001):
-            n += 1
-            self._connection.write(n * 65536 % self._connection.size, n.to_bytes(8, "big") * 512)
+def test_a_promise_that_a_source_is_frozen_spares_the_comparing_pass(stack: Stack, disks: Path) -> None:
+    source = random_disk(disks / "source.img", 8 * MIB)
+    with QemuNbd(source, "--read-only") as server:
+        jobs = {f: stack.mirror(server.uri, disks / f"{f}.img", source_frozen=f) for f in (True, False)}
+    assert {f: (job.error, job.pass_number) for f, job in jobs.items()} == {True: ("", 1), False: ("", 2)}
+    assert same_bytes(source, disks / "True.img")
 
 
 def test_complete_under_a_writer_is_refused_and_later_gives_a_clean_copy(stack: Stack, disks: Path) -> None:
@@ -364,6 +357,7 @@ def test_ignore_tries_again_and_stays_bounded(stack: Stack, disks: Path) -> None
         server.trigger.touch()
         never = stack.mirror(server.uri, disks / "other.img", on_source_error="ignore")
     assert never.failed
+    assert f"given up after 5 attempts ({8 * MIB} bytes at 0). The last attempt failed: " in never.error
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
@@ -424,6 +418,30 @@ def test_a_disk_is_never_mirrored_onto_itself(stack: Stack, disks: Path) -> None
         detour = server.uri.replace(str(disks), str(disks / "." / ".." / disks.name))
         assert "source" in refusal(stack, server.uri, detour)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_disk_served_over_tcp_is_never_mirrored_onto_itself(stack: Stack, disks: Path, image_format: str) -> None:
+    """By nbdkit, which takes no locks that would keep an image from being made over it."""
+    source = random_disk(disks / "source.img", MIB)
+    before = source.read_bytes()
+    with serving_tcp("nbdkit", "-f", "--readonly", "file", str(source)) as port:
+        target = f"file://{source}?format={image_format}"
+        assert "is the source" in refusal(stack, f"nbd://127.0.0.1:{port}/", target, overwrite=True)
+    assert source.read_bytes() == before
+
+
+def test_a_server_that_ends_with_its_first_client_is_told_of_as_a_target(stack: Stack, disks: Path) -> None:
+    image = make_disk(disks / "target.img", MIB, {})
+    listen = disks / "once.sock"
+    with subprocess.Popen(["qemu-nbd", "-f", "raw", "-k", str(listen), str(image)]) as server:
+        try:
+            wait_until(listen.exists, "qemu-nbd")  # a client that looks would be its only one
+            source = random_disk(disks / "source.img", MIB)
+            assert "--persistent" in refusal(stack, source, f"nbd+unix:///?socket={listen}")
+        finally:
+            server.kill()
+    assert not any(image.read_bytes())
 
 
 def test_events_are_json_with_strictly_growing_ids(stack: Stack, disks: Path) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.stack import MIB, Process, random_disk, running_stack, same_bytes, wait_until
+from tests.stack import (
+    MIB,
+    Process,
+    continue_process,
+    random_disk,
+    running_stack,
+    same_bytes,
+    stop_process,
+    wait_until,
+)
 
 pytestmark = pytest.mark.needs("rabbitmq-server")
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -31,8 +40,14 @@ def accepts(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+class RabbitMQ(Process):
+    """A server of its own; `uri` is where doorbells go."""
+
+    uri = ""
+
+
 @pytest.fixture
-def rabbitmq(tmp_path: Path) -> Iterator[str]:
+def rabbitmq(tmp_path: Path) -> Iterator[RabbitMQ]:
     port, dist, epmd = free_ports(3)
     environment = {
         **os.environ,
@@ -52,18 +67,38 @@ def rabbitmq(tmp_path: Path) -> Iterator[str]:
         "RABBITMQ_CONF_ENV_FILE": str(tmp_path / "none.env"),
     }
     program = str(SERVER) if SERVER.exists() else str(shutil.which("rabbitmq-server"))
-    server = Process([program], tmp_path / "rabbitmq.log", environment)
+    server = RabbitMQ([program], tmp_path / "rabbitmq.log", environment)
     try:
         wait_until(lambda: accepts(port), "RabbitMQ", 60)
-        yield f"amqp://guest:guest@127.0.0.1:{port}//"
+        server.uri = f"amqp://guest:guest@127.0.0.1:{port}//"
+        yield server
     finally:
         server.terminate(30)
         subprocess.run(["epmd", "-port", str(epmd), "-kill"], check=False, capture_output=True, timeout=10)
 
 
-def test_a_job_runs_with_its_doorbells_over_rabbitmq(rabbitmq: str, tmp_path: Path) -> None:
+def test_a_job_runs_with_its_doorbells_over_rabbitmq(rabbitmq: RabbitMQ, tmp_path: Path) -> None:
     source = random_disk(tmp_path / "source.img", 80 * MIB)
-    with running_stack(tmp_path / "stack", env={"FLUSHPOINT_BROKER_URL": rabbitmq}) as stack:
+    with running_stack(tmp_path / "stack", env={"FLUSHPOINT_BROKER_URL": rabbitmq.uri}) as stack:
         job = stack.mirror(source, tmp_path / "target.img")
         assert job.error == "", stack.logs()
     assert same_bytes(source, tmp_path / "target.img")
+
+
+def test_a_broker_that_hangs_holds_up_no_decision_and_is_used_again(rabbitmq: RabbitMQ, tmp_path: Path) -> None:
+    source = random_disk(tmp_path / "source.img", MIB)
+    with running_stack(tmp_path / "stack", env={"FLUSHPOINT_BROKER_URL": rabbitmq.uri}) as stack:
+        assert stack.mirror(source, tmp_path / "first.img").error == ""
+        frozen = [member.pid for member in rabbitmq.family()]
+        for pid in frozen:
+            stop_process(pid)
+        try:
+            waits = stack.submit(source, tmp_path / "second.img")
+            other = stack.submit(source, tmp_path / "third.img")
+            stack.client.cancel(other.id)  # needs the control loop, and no worker
+            assert stack.wait(other.id, timeout_s=20).cancelled
+        finally:
+            for pid in frozen:
+                continue_process(pid)
+        assert stack.wait(waits.id).error == "", stack.logs()
+    assert same_bytes(source, tmp_path / "second.img")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_a_slice_shorter_than_one_admission_still_makes_progress(
             source = servers.enter_context(QemuNbd(original, "--read-only")).uri
         if target_kind == "nbd":
             target = servers.enter_context(QemuNbd(image)).uri
-        job = stack.mirror(source, target, speed=2 * MIB)
+        job = stack.mirror(source, target, speed=2 * MIB, source_frozen=True)
     assert job.error == "", stack.logs()
     assert job.bytes_sent == job.offset == 4 * MIB
     assert same_bytes(original, image)
@@ -62,4 +63,29 @@ def test_a_file_written_while_it_is_copied_is_compared_again(stack: Stack, tmp_p
     ended = stack.wait(job.id)
     assert ended.error == "", stack.logs()
     assert ended.pass_number > 1
+    assert same_bytes(source, target)
+
+
+@pytest.mark.needs("qemu-storage-daemon")
+def test_a_read_only_export_of_a_disk_in_use_gives_a_copy_of_one_moment(stack: Stack, tmp_path: Path) -> None:
+    """Its guest writes a first block, which the copy has passed, and then a last one, which it has not reached."""
+    source, target = random_disk(tmp_path / "source.img", 16 * MIB), tmp_path / "target.img"
+    listen = tmp_path / "q.sock"
+    command = ["qemu-storage-daemon", "--blockdev", f"file,node-name=f,filename={source}"]
+    command += ["--blockdev", "raw,node-name=n,file=f", "--nbd-server", f"addr.type=unix,addr.path={listen}"]
+    for name, writable in (("seen", "off"), ("written", "on")):
+        command += ["--export", f"nbd,id={name},node-name=n,name={name},writable={writable}"]
+    with subprocess.Popen(command) as daemon:
+        try:
+            wait_until(listen.exists, "the exports")
+            job = stack.submit(f"nbd+unix:///seen?socket={listen}", target, speed=4 * MIB)
+            stack.wait_for_progress(job.id, 4 * MIB)
+            guest = ["-c", "write -P 1 0 64k", "-c", "flush", "-c", "write -P 2 15M 64k", "-c", "flush"]
+            uri = f"nbd+unix:///written?socket={listen}"
+            subprocess.run(["qemu-io", "-f", "raw", *guest, uri], check=True, capture_output=True)
+            stack.client.set_speed(job.id, 0)
+            ended = stack.wait(job.id)
+        finally:
+            daemon.terminate()
+    assert ended.error == "", stack.logs()
     assert same_bytes(source, target)

@@ -38,6 +38,39 @@ def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp
     assert (settings.worker_slots, settings.depth) == (5, 4)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lease_sec = 9\n", "lease_sec in {file}: there is no such setting"),
+        ("lease_s = [", "cannot read the settings"),
+        (None, "cannot read the settings: .*No such file.*{file}"),
+    ],
+    ids=["unknown", "malformed", "missing"],
+)
+def test_a_file_that_says_nothing_is_a_usage_error(
+    text: str | None, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "f.toml"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("FLUSHPOINT_CONFIG", str(file))
+    with pytest.raises(UsageError, match=says.format(file=file)):
+        load_settings()
+
+
+def test_so_few_concluded_jobs_that_a_waiting_client_might_miss_its_own_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLUSHPOINT_KEEP_CONCLUDED", "99")
+    with pytest.raises(UsageError, match="FLUSHPOINT_KEEP_CONCLUDED"):
+        load_settings()
+
+
+def test_an_empty_name_of_a_file_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUSHPOINT_CONFIG", "")
+    assert load_settings().lease_s == Settings.model_fields["lease_s"].default
+
+
 def test_a_visibility_timeout_just_above_what_a_doorbell_may_take_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUSHPOINT_VISIBILITY_TIMEOUT_S", "94")
     assert load_settings().visibility_timeout_s == 94

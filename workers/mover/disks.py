@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 from coordinator.ledger.contract import LedgerUnavailableError
-from coordinator.model.errors import FlushpointError, RefusedError, Side
+from coordinator.model.errors import DiskIOError, FlushpointError, Next, RefusedError, Side
 from coordinator.model.job import JobRecord, Sync
 from coordinator.model.uri import parse
 from coordinator.settings import Settings
@@ -48,7 +49,9 @@ class Disks:
 
     def __init__(self, settings: Settings) -> None:
         self.access = Access(settings.allowed_roots, settings.allowed_endpoints)
-        self._limits = SessionLimits(settings.connections, settings.io_timeout_s)
+        self.limits = SessionLimits(settings.connections, settings.io_timeout_s)
+        self._one_reader: set[str] = set()
+        """Jobs whose source lets one process in. Found out by waiting in vain, which is done once."""
         self._open_for = ("", 0)
         self._source: Source | None = None
         self._target: Target | None = None
@@ -69,11 +72,19 @@ class Disks:
                 self._target = self.open_target(job, job.disk_size, create=False)
         return self._source, self._target
 
+    @property
+    def max_movers(self) -> int:
+        """How many movers may hold the open pair at once; 0 is unlimited."""
+        if self._target is None or self._open_for[0] in self._one_reader:
+            return 1
+        return self._target.max_writers
+
     def fast_path(self) -> FastPath | None:
         """The fast path of the open pair, if it has one that is worth taking."""
         if not self._fast_sought and self._source is not None and self._target is not None:
             self._fast_sought = True
-            self._fast = open_fast_path(self._source, self._target, self._limits.timeout_s)
+            if self._open_for[0] not in self._one_reader:  # a connection of its own would be waited for in vain
+                self._fast = open_fast_path(self._source, self._target, self.limits.timeout_s)
             self._fast_pays = True
         return self._fast if self._fast_pays else None
 
@@ -84,7 +95,12 @@ class Disks:
     def flush_target(self) -> None:
         """Everything written to the open target, by whatever path, is durable. DiskIOError if it may not be."""
         if self._fast is not None:
-            self._fast.flush()
+            try:
+                self._fast.flush()
+            except DiskIOError as error:  # a lost connection, as to the target's own flush: opened anew, it may do
+                raise DiskIOError(
+                    error.message, errno_=error.errno, next_=Next.RECONNECT, remedy=error.remedy
+                ) from error
         if self._target is not None:
             self._target.flush()
 
@@ -107,7 +123,11 @@ class Disks:
 
     def open_source(self, job: JobRecord) -> Source:
         spec = job.spec
-        return open_source(parse(spec.source), spec.sync, spec.bitmap, self.access, self._limits)
+        limits = replace(self.limits, connections=1) if job.id in self._one_reader else self.limits
+        source = open_source(parse(spec.source), spec.sync, spec.bitmap, self.access, limits)
+        if source.max_readers == 1:
+            self._one_reader.add(job.id)
+        return source
 
     def open_target(self, job: JobRecord, size: int, *, create: bool) -> Target:
         """With `create` the target is made or cut to size; it holds an older copy in the sync modes that update one."""
@@ -118,13 +138,19 @@ class Disks:
             overwrite=job.spec.overwrite,
             create=create,
             keep=job.spec.sync in (Sync.DIRTY, Sync.INCREMENTAL) or job.pass_number > 1,
-            limits=self._limits,
+            limits=self.limits,
         )
 
     def keep(self, job: JobRecord, source: Source, target: Target) -> None:
         """Take over a pair that was opened for planning."""
         self.close()
         self._open_for, self._source, self._target = (job.id, job.pass_number), source, target
+
+    def abort(self) -> None:
+        """Break off whatever waits for a server, from another thread. The disks are of no more use, and still open."""
+        for disk in (self._fast, self._source, self._target):
+            if disk is not None:
+                disk.abort()
 
     def close(self) -> None:
         self.drop_fast_path()

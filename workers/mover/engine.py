@@ -19,6 +19,7 @@ from coordinator.model.errors import DiskIOError, Side
 from coordinator.model.extent import BLOCK_BYTES, Extent, merge_adjacent
 from workers.failpoint import pass_point
 from workers.mover.lease import Lease
+from workers.mover.pace import Step, Window
 from workers.mover.rate import RateLimit
 from workers.sources.contract import Source
 from workers.targets.contract import Target
@@ -26,7 +27,9 @@ from workers.targets.contract import Target
 REQUEST_BYTES = 1024 * 1024
 """One read or write. Larger ones do not go faster on loopback, and hold more memory."""
 ZERO_REQUEST_BYTES = 1024 * 1024 * 1024
-"""One write-zeroes; servers may take long over it, and NBD lengths end below 4 GiB."""
+"""The longest write-zeroes, for a target that is quick about it; NBD lengths end below 4 GiB."""
+LOOK_S = 0.05
+"""How often a thread that waits for its turn looks whether it is to stop."""
 _ZEROES = bytes(REQUEST_BYTES)
 
 
@@ -63,7 +66,8 @@ class Orders:
     target_zeroed: bool = False
     """Zeroes need not be written: the target reads as zeroes where nothing was written."""
     count_zeroes: bool = False
-    """Zeroed bytes count as sent: after a comparing pass 0 bytes sent means that nothing differed."""
+    """Zeroed bytes count as sent: after a comparing pass 0 bytes sent means that nothing differed. They always do
+    where the target cannot zero, since there they are sent."""
     digest: bool = False
     ends_at: float = math.inf
     """Monotonic time after which no new request is started."""
@@ -76,6 +80,10 @@ class Engine:
         self._depth = depth
         self._pool = ThreadPoolExecutor(depth, thread_name_prefix="copy")
         self._buffers = threading.local()
+        self._paced: Target | None = None
+        """The target whose pace is known."""
+        self._window = Window(depth)
+        self._zero_step = Step(ZERO_REQUEST_BYTES)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -88,17 +96,25 @@ class Engine:
         extents = list(extents)
         if not extents:
             return outcome
-        queue = _Queue(extents, orders.ends_at, lease)
+        if self._paced is not target:
+            self._paced, self._window, self._zero_step = target, Window(self._depth), Step(ZERO_REQUEST_BYTES)
+        queue = _Queue(extents, target, orders, self._window, self._zero_step, lease)
         digests: dict[int, bytes] = {}
         lock = threading.Lock()
 
+        def admit(length: int) -> None:
+            if length and not rate.admit(length, lease):
+                raise _HaltedError
+
         def work() -> None:
             while (chunk := queue.take()) is not None:
-                if not chunk.reads_as_zeroes and not rate.admit(chunk.length, lease):
+                try:
+                    admit(_cost(target, chunk, orders))
+                    begun = time.monotonic()
+                    read, sent, digest = self._move(source, target, chunk, orders, admit)
+                except _HaltedError:
                     queue.give_back(chunk)
                     return
-                try:
-                    read, sent, digest = self._move(source, target, chunk, orders)
                 except _SideError as failed:
                     with lock:
                         outcome.failures.append(Failure(failed.side, failed.error, chunk))
@@ -106,6 +122,7 @@ class Engine:
                     if failed.error.offset < 0:
                         return  # the connection is gone: the others will find out as well
                     continue
+                queue.done(chunk, time.monotonic() - begun)
                 with lock:
                     outcome.add(read, sent)
                     if orders.digest:
@@ -125,11 +142,14 @@ class Engine:
         return outcome
 
     def digest_of(self, read_into: Callable[[int, memoryview], None], extents: Iterable[Extent]) -> str:
-        """The digest `copy` would give for what a disk holds at `extents` now. DiskIOError if it cannot be read."""
+        """The digest `copy` would give for what a disk holds at `extents` now. DiskIOError if it cannot be read.
+
+        A range of zeroes adds nothing to it, so that it does not matter in which steps it was zeroed.
+        """
 
         def one(chunk: Extent) -> bytes:
             if chunk.reads_as_zeroes:
-                return self._digest_zero_range(read_into, chunk)
+                return b"" if self._is_zero_range(read_into, chunk) else b"not zeroes"
             buffer = self._buffer("source", chunk.length)
             read_into(chunk.offset, buffer)
             return blake3.blake3(buffer).digest()
@@ -137,14 +157,13 @@ class Engine:
         parts = self._pool.map(one, _chunks(extents))
         return blake3.blake3(b"".join(parts)).hexdigest()
 
-    def _digest_zero_range(self, read_into: Callable[[int, memoryview], None], chunk: Extent) -> bytes:
-        """Equal to `_ZERO_DIGEST` exactly if the range reads as zeroes."""
+    def _is_zero_range(self, read_into: Callable[[int, memoryview], None], chunk: Extent) -> bool:
         for offset in range(chunk.offset, chunk.end, REQUEST_BYTES):
             buffer = self._buffer("source", min(REQUEST_BYTES, chunk.end - offset))
             read_into(offset, buffer)
             if not _ZEROES.startswith(buffer):
-                return b"not zeroes"
-        return _ZERO_DIGEST
+                return False
+        return True
 
     def _buffer(self, name: str, length: int) -> memoryview:
         buffer: bytearray | None = getattr(self._buffers, name, None)
@@ -153,14 +172,16 @@ class Engine:
             setattr(self._buffers, name, buffer)
         return memoryview(buffer)[:length]
 
-    def _move(self, source: Source, target: Target, chunk: Extent, orders: Orders) -> tuple[int, int, bytes]:
-        """Bytes read, bytes sent, digest."""
-        if chunk.reads_as_zeroes and not orders.compare:
+    def _move(
+        self, source: Source, target: Target, chunk: Extent, orders: Orders, admit: Callable[[int], None]
+    ) -> tuple[int, int, bytes]:
+        """Bytes read, bytes sent, digest. `admit` waits until more bytes than the chunk's may go, or _HaltedError."""
+        if chunk.reads_as_zeroes and orders.compare:
+            return 0, self._compare_zeroes(target, chunk, admit), b""
+        if chunk.reads_as_zeroes:
             with _blame(Side.TARGET):
                 target.write_zeroes(chunk.offset, chunk.length)
-            return 0, chunk.length if orders.count_zeroes else 0, _ZERO_DIGEST
-        if chunk.reads_as_zeroes:
-            return self._compare_zeroes(target, chunk)
+            return 0, _zeroes_sent(target, chunk.length, orders), b""
         data = self._buffer("source", chunk.length)
         with _blame(Side.SOURCE):
             source.read_into(chunk.offset, data)
@@ -179,25 +200,26 @@ class Engine:
                 sent += _write_run(target, chunk.offset, data, start, end, orders)
         return chunk.length, sent, digest
 
-    def _compare_zeroes(self, target: Target, chunk: Extent) -> tuple[int, int, bytes]:
-        """Zero what does not read as zeroes; what was zeroed counts as sent, for it differed.
+    def _compare_zeroes(self, target: Target, chunk: Extent, admit: Callable[[int], None]) -> int:
+        """Zero what does not read as zeroes; returns how much that was, which counts as sent: it differed.
 
         What the target knows to be zeroes is not read, or a sparse disk would take as long as a full one.
         """
         changed = 0
         with _blame(Side.TARGET):
-            known = list(target.extents(chunk.offset, chunk.length))
-            for piece in _chunks(extent for extent in known if not extent.reads_as_zeroes):
+            unknown = [e for e in target.extents(chunk.offset, chunk.length) if not e.reads_as_zeroes]
+            admit(sum(extent.length for extent in unknown))  # all at once: a change, once made, is to be counted
+            for piece in _chunks(unknown):
                 old = self._buffer("target", piece.length)
                 target.read_into(piece.offset, old)
                 if not _ZEROES.startswith(old):
                     target.write_zeroes(piece.offset, piece.length)
                     changed += piece.length
-        return 0, changed, _ZERO_DIGEST
+        return changed
 
 
-_ZERO_DIGEST = blake3.blake3(b"zeroes").digest()
-"""Stands for a zero extent of any length: where it lies is in the unit's extents."""
+class _HaltedError(Exception):
+    """The mover is to stop, and has written nothing of the chunk."""
 
 
 class _SideError(Exception):
@@ -221,46 +243,115 @@ class _blame:  # reads as a statement
             raise _SideError(self._side, error) from error
 
 
-class _Queue:
-    """Chunks of a unit, handed out one by one until the lease halts or the time slice is over."""
+def _cost(target: Target, chunk: Extent, orders: Orders) -> int:
+    """Bytes that the rate must admit before a chunk is begun. A compare of zeroes asks for what it has to read."""
+    if chunk.reads_as_zeroes and (target.can_zero or orders.compare):
+        return 0
+    return chunk.length
 
-    def __init__(self, extents: Iterable[Extent], ends_at: float, lease: Lease) -> None:
-        self._chunks = _chunks(extents)
-        self._lock = threading.Lock()
+
+class _Queue:
+    """Chunks of a unit, handed out one by one until the lease halts or the time slice is over.
+
+    Requests in flight are bounded by `window`, and zeroes also in bytes: a target that has been quick to zero may come
+    to a range where it is not.
+    """
+
+    def __init__(
+        self,
+        extents: Iterable[Extent],
+        target: Target,
+        orders: Orders,
+        window: Window,
+        zero_step: Step,
+        lease: Lease,
+    ) -> None:
+        self._extents = iter(extents)
+        self._rest: Extent | None = None
+        """What is still to be handed out of the extent that is being cut up."""
+        self._changed = threading.Condition()
         self._given_back: list[Extent] = []
-        self._ends_at = ends_at
+        self._in_flight: set[Extent] = set()
+        self._target = target
+        self._comparing = orders.compare
+        self._ends_at = orders.ends_at
+        self._window = window
+        self._zero_step = zero_step
         self._lease = lease
 
     def close(self) -> None:
         """Hand out no more."""
-        with self._lock:
+        with self._changed:
             self._ends_at = -math.inf
+            self._changed.notify_all()
 
     def take(self) -> Extent | None:
-        with self._lock:
-            if self._lease.halt is not None or time.monotonic() >= self._ends_at:
-                return None
-            return next(self._chunks, None)
+        """The next chunk, which ends with `done` or `give_back`; None at the end."""
+        with self._changed:
+            while self._lease.halt is None and time.monotonic() < self._ends_at:
+                self._rest = self._rest or next(self._extents, None)
+                if self._rest is None:
+                    return None
+                chunk, rest = _cut(self._rest, self._step(self._rest))
+                if self._has_room(chunk):
+                    self._rest = rest
+                    self._in_flight.add(chunk)
+                    self._changed.notify()  # who waits may find room for one more
+                    return chunk
+                self._changed.wait(LOOK_S)
+            return None
+
+    def done(self, chunk: Extent, seconds: float) -> None:
+        with self._changed:
+            self._in_flight.discard(chunk)
+            if chunk.reads_as_zeroes:
+                self._zero_step.took(chunk.length, seconds)
+            if chunk.length <= REQUEST_BYTES:
+                self._window.took(seconds)
+            self._changed.notify()
 
     def give_back(self, chunk: Extent) -> None:
-        with self._lock:
+        with self._changed:
+            self._in_flight.discard(chunk)
             self._given_back.append(chunk)
+            self._changed.notify()
 
     def left(self) -> list[Extent]:
         """What was not copied, sorted."""
-        left = sorted([*self._given_back, *self._chunks], key=lambda e: e.offset)
+        rest = [] if self._rest is None else [self._rest]
+        left = sorted([*self._given_back, *rest, *self._extents], key=lambda e: e.offset)
         return list(merge_adjacent(left))
+
+    def _step(self, extent: Extent) -> int:
+        """Zeroes that have to be sent go in requests of the size of others."""
+        return self._zero_step.bytes if extent.reads_as_zeroes and self._target.can_zero else REQUEST_BYTES
+
+    def _has_room(self, chunk: Extent) -> bool:
+        if not self._in_flight:
+            return True
+        if len(self._in_flight) >= self._window.size:
+            return False
+        if self._comparing or not chunk.reads_as_zeroes:  # a compare reads first, a request at a time
+            return True
+        zeroes = chunk.length + sum(other.length for other in self._in_flight if other.reads_as_zeroes)
+        return zeroes <= max(self._zero_step.bytes, self._window.size * REQUEST_BYTES)
+
+
+def _cut(extent: Extent, step: int) -> tuple[Extent, Extent | None]:
+    """The part of an extent up to the next multiple of `step`, and the rest."""
+    end = (extent.offset // step + 1) * step
+    if extent.end <= end:
+        return extent, None
+    return Extent(extent.offset, end - extent.offset, extent.status), Extent(end, extent.end - end, extent.status)
 
 
 def _chunks(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Requests: data of at most REQUEST_BYTES, aligned to it; zeroes of at most ZERO_REQUEST_BYTES."""
+    """Requests that read: of at most REQUEST_BYTES, aligned to it; zeroes of at most ZERO_REQUEST_BYTES."""
     for extent in extents:
-        step = ZERO_REQUEST_BYTES if extent.reads_as_zeroes else REQUEST_BYTES
-        offset = extent.offset
-        while offset < extent.end:
-            end = min(extent.end, (offset // step + 1) * step)
-            yield Extent(offset, end - offset, extent.status)
-            offset = end
+        rest: Extent | None = extent
+        while rest is not None:
+            chunk, rest = _cut(rest, ZERO_REQUEST_BYTES if extent.reads_as_zeroes else REQUEST_BYTES)
+            yield chunk
 
 
 def _differing(new: memoryview, old: memoryview) -> list[tuple[int, int]]:
@@ -293,9 +384,13 @@ def _write_run(target: Target, base: int, data: memoryview, start: int, end: int
             sent += stop - run
         elif not orders.target_zeroed:
             target.write_zeroes(base + run, stop - run)
-            sent += stop - run if orders.count_zeroes else 0
+            sent += _zeroes_sent(target, stop - run, orders)
         run = stop
     return sent
+
+
+def _zeroes_sent(target: Target, length: int, orders: Orders) -> int:
+    return length if orders.count_zeroes or not target.can_zero else 0
 
 
 def _is_zero(data: memoryview, start: int, end: int) -> bool:

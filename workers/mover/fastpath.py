@@ -54,6 +54,9 @@ class FastPath(Protocol):
     def flush(self) -> None:
         """Writes that were not made through the target itself are durable when it returns."""
 
+    def abort(self) -> None:
+        """Break off, from another thread. `close` is still to be called."""
+
     def close(self) -> None: ...
 
 
@@ -97,6 +100,10 @@ class NbdToNbd:
     def flush(self) -> None:
         self.outgoing.flush()
 
+    def abort(self) -> None:
+        self.incoming.abort()
+        self.outgoing.abort()
+
     def close(self) -> None:
         self.incoming.close()
         self.outgoing.close()
@@ -112,6 +119,9 @@ class NbdToFile:
 
     def flush(self) -> None:
         """The target's own flush syncs the same descriptor."""
+
+    def abort(self) -> None:
+        self.incoming.abort()
 
     def close(self) -> None:
         self.incoming.close()
@@ -134,6 +144,9 @@ class FileToFile:
 
     def flush(self) -> None:
         """The target's own flush syncs the same descriptor."""
+
+    def abort(self) -> None:
+        """The kernel lets nobody out of a copy between files; a range is short."""
 
     def close(self) -> None:
         """Both descriptors belong to the disks."""

@@ -28,17 +28,23 @@ class Halt(enum.Enum):
     """The lease is not ours any more: stop writing at once, tell nobody."""
     YIELD = "yield"
     """Paused, cancelled or closing: drain, flush, release what remains."""
+    ABORT = "abort"
+    """Cancelled by force: what waits for a server is broken off. Flush nothing, release the unit as it was claimed."""
 
 
 class LeaseLostError(FlushpointError):
     """The lease ran out or was taken; whatever was not finished belongs to somebody else."""
 
 
+class AbortedError(FlushpointError):
+    """The job was cancelled by force. The lease is held until nothing of ours writes any more."""
+
+
 class Lease:
     """Context manager around the work on one claimed unit.
 
     `granted_at` is monotonic, from before the claim was sent; `speed` in bytes a second until the first renewal;
-    `closing` says when the process is to end.
+    `closing` says when the process is to end. `abort` breaks off, from another thread, what the work waits for.
     """
 
     def __init__(
@@ -49,8 +55,10 @@ class Lease:
         granted_at: float,
         speed: int,
         closing: Callable[[], bool],
+        abort: Callable[[], None] = lambda: None,
     ) -> None:
         self._closing = closing
+        self._abort = abort
         self._ledger = ledger
         self._claim = claim
         self._renew_s = renew_s
@@ -82,7 +90,9 @@ class Lease:
         return self._told
 
     def assert_held(self) -> None:
-        """LeaseLostError if the lease is lost or its time is nearly up by our own clock."""
+        """LeaseLostError if the lease is lost or its time is nearly up by our own clock; AbortedError."""
+        if self.halt is Halt.ABORT:
+            raise AbortedError(f"job {self._claim.job_id} was cancelled by force")
         if self.halt is Halt.LOST:
             raise LeaseLostError(f"the lease of unit {self._claim.unit_id} of job {self._claim.job_id} is lost")
 
@@ -116,6 +126,11 @@ class Lease:
                     return
                 self._granted_at = asked_at
                 self._arm()
+                if told.force:
+                    # With every renewal: a disk may have been opened since the last. Never when the work is over:
+                    # the disks may be another unit's by then.
+                    self._told = Halt.ABORT
+                    self._abort()
+                elif not told.run or self._closing():
+                    self._told = Halt.YIELD
             self.speed = told.speed
-            if not told.run or self._closing():
-                self._told = Halt.YIELD

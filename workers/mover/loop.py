@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import secrets
 import time
@@ -12,22 +13,25 @@ from dataclasses import replace
 import structlog
 
 from coordinator.ledger.contract import Finished, Ledger, LedgerUnavailableError
-from coordinator.model.errors import DiskIOError, Next, NotFoundError, Side, UnavailableError
+from coordinator.model.errors import DiskIOError, FlushpointError, Next, NotFoundError, Side, UnavailableError
 from coordinator.model.extent import Extent, Status, merge_adjacent, pack_extents, unpack_extents
 from coordinator.model.job import JobRecord
 from coordinator.model.messages import Doorbell
 from coordinator.model.policy import Action
+from coordinator.model.repository_uri import is_repository
 from coordinator.model.units import Claim, UnitKind
 from coordinator.settings import Settings
 from workers.failpoint import pass_point
-from workers.mover.disks import Disks, OpenError
+from workers.mover.backup import Backups
+from workers.mover.disks import Disks, OpenError, opening
 from workers.mover.engine import Engine, Failure, Orders, Outcome
 from workers.mover.fastpath import copy_fast
-from workers.mover.lease import Lease, LeaseLostError
-from workers.mover.planning import Planner
+from workers.mover.lease import AbortedError, Halt, Lease, LeaseLostError
+from workers.mover.planning import Planner, may_change
 from workers.mover.rate import RateLimit
 from workers.mover.verdict import Verdict, judge, judge_refusal, note
 from workers.qemu.image import ImageInUseError
+from workers.repository import chores
 from workers.sources.contract import Source
 from workers.targets.contract import Target
 
@@ -47,7 +51,8 @@ class Mover:
         self._name = name
         self._disks = Disks(settings)
         self._engine = Engine(settings.depth)
-        self._planner = Planner(ledger, self._disks)
+        self._backups = Backups(ledger, settings, self._disks.access)
+        self._planner = Planner(ledger, self._disks, self._backups)
 
     def work(self, bell: Doorbell) -> int:
         """Claim until nothing is ready or the budget is used up; the number of units worked on."""
@@ -64,6 +69,7 @@ class Mover:
                 done += 1
         finally:
             self._disks.close()
+            self._backups.close()
         return done
 
     def _serve(self, claim: Claim, granted_at: float) -> None:
@@ -71,12 +77,18 @@ class Mover:
             job = self._ledger.job(claim.job_id).job
         except NotFoundError:
             return
-        lease = Lease(self._ledger, claim, self._settings.renew_s, granted_at, job.speed, self._closing)
+        lease = Lease(
+            self._ledger, claim, self._settings.renew_s, granted_at, job.speed, self._closing, self._disks.abort
+        )
+        backing_up = is_repository(job.spec.target)
         serve = {
             UnitKind.PLAN: self._plan,
-            UnitKind.COPY: self._copy,
-            UnitKind.COMPARE: self._copy,
-            UnitKind.SETTLE: self._settle,
+            UnitKind.COPY: self._back_up if backing_up else self._copy,
+            UnitKind.COMPARE: self._back_up if backing_up else self._copy,
+            UnitKind.SETTLE: self._write_root if backing_up else self._settle,
+            UnitKind.PUBLISH: self._publish,
+            UnitKind.ABANDON: self._abandon,
+            UnitKind.TASK: self._do_task,
         }[claim.kind]
         with lease:
             try:
@@ -85,15 +97,19 @@ class Mover:
                 # Nobody to tell: the unit is somebody else's, or will be when the lease has run out.
                 log.warning("gave up a unit", job=claim.job_id, unit=claim.unit_id, reason=str(error))
                 self._disks.close()
-            except OpenError as failed:
-                self._disks.close()
-                self._give_up(claim, failed)
+            except (AbortedError, OpenError) as error:
+                self._disks.close()  # nothing of ours is in flight when it returns; then the unit may be let go
+                if isinstance(error, OpenError) and lease.halt is not Halt.ABORT:
+                    self._give_up(claim, error)
+                else:
+                    log.info("broke off a unit", job=claim.job_id, unit=claim.unit_id, reason=str(error))
+                    self._release(claim, remaining=claim.extents, count_attempt=False)
             except Exception:
                 # A mistake of ours must neither hang the job until leases expire nor go unseen: it counts as a
-                # failed attempt, and after some of them the unit is quarantined.
+                # failed attempt, and after some of them the unit is quarantined. What it wrote was not flushed.
                 log.exception("a unit failed", job=claim.job_id, unit=claim.unit_id)
                 self._disks.close()
-                self._release(claim, remaining=claim.extents, count_attempt=True)
+                self._release(claim, remaining=claim.extents, count_attempt=True, flush_failed=True)
 
     # -- kinds of units ------------------------------------------------------------------------------------
 
@@ -108,10 +124,10 @@ class Mover:
         in_compare_pass = claim.kind is UnitKind.COMPARE
         # After a failed flush or a dead holder the target may show what it does not durably hold (the page cache
         # keeps it): equal to the source is then no proof, and all of the unit is written anew.
-        comparing = in_compare_pass and not suspect and claim.failures == 0
+        anew = suspect or claim.rewrite
         orders = Orders(
-            compare=comparing,
-            target_zeroed=job.target_zeroed and claim.pass_number == 1 and not suspect and claim.failures == 0,
+            compare=in_compare_pass and not anew,
+            target_zeroed=job.target_zeroed and claim.pass_number == 1 and not anew,
             count_zeroes=in_compare_pass,
             digest=suspect,
             ends_at=math.inf if suspect else time.monotonic() + self._settings.unit_slice_s,
@@ -121,10 +137,12 @@ class Mover:
         lease.assert_held()
         pass_point("before-flush")
         failed = self._flush(job)
-        lease.assert_held()
+        if failed is None or lease.halt is Halt.ABORT:
+            lease.assert_held()
         pass_point("before-finish")
         if failed is not None:
-            # Nothing written since the last flush is durable: the unit starts again, on a target opened anew.
+            # Nothing written since the last flush is durable: the unit starts again, on a target opened anew. The
+            # ledger is told even if the lease is nearly over: nobody else may learn of it.
             self._disks.close()
             outcome = Outcome(failures=[*outcome.failures, failed], remaining=extents)
         if not outcome.remaining:
@@ -138,10 +156,12 @@ class Mover:
             )
             if finished is Finished.STALE:
                 raise LeaseLostError(f"unit {claim.unit_id} belongs to somebody else")
+            if finished is Finished.AGAIN:
+                log.warning("a flush failed meanwhile; the unit is written anew", job=job.id, unit=claim.unit_id)
             return
         if suspect:
             outcome.remaining = extents  # its digest must cover all of it
-        self._give_back(job, claim, extents, outcome)
+        self._give_back(job, claim, extents, outcome, flush_failed=failed is not None)
 
     def _copy_all(
         self,
@@ -193,7 +213,7 @@ class Mover:
         self._disks.close()  # opened anew, to see who writes the source now
         source, target = self._disks.open(job)
         written = source.stamp() != job.source_stamp
-        if written or (source.may_change and not job.source_may_change):
+        if written or (may_change(job, source) and not job.source_may_change):
             facts = {"source_may_change": True, "source_written": written}
             if not self._ledger.opened(job.id, claim.unit_id, claim.token, facts):
                 raise LeaseLostError(f"the settle unit of job {job.id} was taken over")
@@ -211,6 +231,7 @@ class Mover:
                 if self._engine.digest_of(target.read_into, unpack_extents(s.extents)) != s.digest
             ]
         except DiskIOError as error:
+            lease.assert_held()
             self._give_back(job, claim, [], Outcome(failures=[Failure(Side.TARGET, error, _whole(job))]))
             return
         lease.assert_held()
@@ -227,9 +248,76 @@ class Mover:
         self._disks.close()  # who is told that the job has concluded may want the images, and QEMU's locks on them
         self._ledger.finish(job.id, claim.unit_id, claim.token)
 
+    # -- repositories --------------------------------------------------------------------------------------
+
+    def _back_up(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        """Store a unit's blocks in a pack of their own. Nothing is flushed: a pack is durable when it is there."""
+        source, _ = self._disks.open(job)
+        outcome, result = self._backups.copy(job, claim, source, lease)
+        lease.assert_held()
+        pass_point("before-finish")
+        if outcome.remaining:
+            self._give_back(job, claim, unpack_extents(claim.extents), outcome)
+            return
+        done = {"bytes_read": outcome.bytes_read, "bytes_sent": outcome.bytes_sent}
+        self._finish(claim, result=result, **done)
+
+    def _write_root(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        self._disks.close()  # opened anew, to see who writes the source now
+        source, _ = self._disks.open(job)
+        written = source.stamp() != job.source_stamp
+        changes = written or (may_change(job, source) and not job.source_may_change)
+        with opening(Side.TARGET):
+            facts = self._backups.settle(job, self._ledger.results(job.id))
+        if changes:
+            facts |= {"source_may_change": True, "source_written": written}
+        lease.assert_held()
+        if not self._ledger.opened(job.id, claim.unit_id, claim.token, facts):
+            raise LeaseLostError(f"the settle unit of job {job.id} was taken over")
+        self._disks.close()
+        self._finish(claim)
+
+    def _publish(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        with opening(Side.TARGET):
+            self._backups.publish(job)
+        self._finish(claim)
+
+    def _abandon(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        try:
+            self._backups.abandon(job)
+        except FlushpointError as error:
+            log.warning("cannot abandon an epoch", job=job.id, epoch=job.epoch, error=str(error))
+            self._release(claim, remaining="", count_attempt=True)
+            return
+        self._finish(claim)
+
+    def _do_task(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        assert job.spec.task is not None
+        try:
+            result = chores.run(job.spec.task, self._disks.access, lease.assert_held)
+        except chores.FoundDamageError as error:
+            self._ledger.opened(job.id, claim.unit_id, claim.token, {"result": json.dumps(error.result)})
+            raise OpenError(Side.SOURCE, error) from error
+        except (LeaseLostError, LedgerUnavailableError):
+            raise
+        except FlushpointError as error:
+            raise OpenError(Side.SOURCE, error) from error
+        if not self._ledger.opened(job.id, claim.unit_id, claim.token, {"result": json.dumps(result)}):
+            raise LeaseLostError(f"the task of job {job.id} was taken over")
+        self._finish(claim)
+
+    def _finish(self, claim: Claim, *, result: str = "", bytes_read: int = 0, bytes_sent: int = 0) -> None:
+        finished = self._ledger.finish(
+            claim.job_id, claim.unit_id, claim.token, bytes_read=bytes_read, bytes_sent=bytes_sent, result=result
+        )
+        if finished is Finished.STALE:
+            raise LeaseLostError(f"unit {claim.unit_id} belongs to somebody else")
+
     # -- giving back ---------------------------------------------------------------------------------------
 
-    def _give_back(self, job: JobRecord, claim: Claim, extents: list[Extent], outcome: Outcome) -> None:
+    def _give_back(
+        self, job: JobRecord, claim: Claim, extents: list[Extent], outcome: Outcome, *, flush_failed: bool = False
+    ) -> None:
         """Release what remains: unchanged for a pause or a slice, by the error policy for failures."""
         left = sum(e.length for e in outcome.remaining)
         done = sum(e.length for e in extents) - left
@@ -245,6 +333,7 @@ class Mover:
             bytes_read=outcome.bytes_read,
             bytes_sent=outcome.bytes_sent,
             count_attempt=bool(outcome.failures) and verdict.action is Action.IGNORE,
+            flush_failed=flush_failed,
             verdict=verdict,
         )
 
@@ -252,7 +341,7 @@ class Mover:
         """A disk could not be opened: nothing of the unit is done. A server may come back while a job runs."""
         job = self._ledger.job(claim.job_id).job  # the plan unit may have opened both before
         error = failed.error
-        first_open = claim.kind is UnitKind.PLAN and job.disk_size == 0
+        first_open = claim.kind is UnitKind.TASK or (claim.kind is UnitKind.PLAN and job.disk_size == 0)
         if first_open or not isinstance(error, UnavailableError | DiskIOError | ImageInUseError):
             self._release(claim, remaining=claim.extents, count_attempt=False, verdict=judge_refusal(error))
             return
@@ -272,6 +361,7 @@ class Mover:
         *,
         remaining: str,
         count_attempt: bool,
+        flush_failed: bool = False,
         done_bytes: int = 0,
         bytes_read: int = 0,
         bytes_sent: int = 0,
@@ -288,6 +378,7 @@ class Mover:
             bytes_read=bytes_read,
             bytes_sent=bytes_sent,
             count_attempt=count_attempt,
+            flush_failed=flush_failed,
             delay_ms=int(delay_s * 1000),
             max_attempts=self._settings.max_attempts,
             events=verdict.events,

@@ -5,39 +5,59 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from coordinator.ledger.contract import Finished, Ledger
-from coordinator.model.errors import NotFoundError, RefusedError, Side
-from coordinator.model.extent import Extent
+from coordinator.model.errors import NotFoundError, RefusedError, Side, UnavailableError
+from coordinator.model.extent import Extent, merge_adjacent
 from coordinator.model.job import JobRecord, Sync
+from coordinator.model.repository_uri import is_repository
 from coordinator.model.units import Claim, PlannedUnit, UnitKind, plan_units
 from coordinator.model.uri import parse
+from workers.mover.backup import Backups
 from workers.mover.disks import Disks, opening
 from workers.mover.lease import Lease, LeaseLostError
+from workers.mover.pace import Step
 from workers.sources.contract import Source
 from workers.sources.identity import Identity, name_in_fleet
-from workers.targets import existing_target
+from workers.targets import Target, existing_target
 
 UNITS_A_BATCH = 16
 """Units added in one step: bounds the size of a script's arguments, lets movers start early."""
+MAX_PIECE_BYTES = 2 * 1024**3
+"""Most to ask extents of at once: one question to an NBD server."""
+
+
+class _HaltedError(Exception):
+    """The lease halted while a disk was asked for its extents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planner:
     ledger: Ledger
     disks: Disks
+    backups: Backups
 
     def run(self, job: JobRecord, claim: Claim, lease: Lease) -> bool:
         """Plan from the job's cursor on; False if the lease halted before the end. OpenError names the side."""
+        try:
+            planned = self._run(job, claim, lease)
+        except _HaltedError:
+            planned = False
+        if not planned:
+            lease.assert_held()
+        return planned
+
+    def _run(self, job: JobRecord, claim: Claim, lease: Lease) -> bool:
         if job.pass_number == 1 and job.disk_size == 0:
-            job = self._open_first(job, claim)
-        source, target = self.disks.open(job)
+            job = self._open_first(job, claim, lease)
+        source, _ = self.disks.open(job)
         fresh = job.plan_cursor == 0
         # Within a pass the fact only grows: what was copied while somebody wrote stays so when he stops.
-        may_change = source.may_change or (job.source_may_change and not fresh)
-        facts: dict[str, object] = {"max_writers": target.max_writers, "source_may_change": may_change}
+        changes = may_change(job, source) or (job.source_may_change and not fresh)
+        facts: dict[str, object] = {"max_writers": self.disks.max_movers, "source_may_change": changes}
         if fresh:
             facts["source_stamp"] = source.stamp()
         self._record(claim, facts)
@@ -51,27 +71,37 @@ class Planner:
         comparing = job.pass_kind == "compare"
         kind = UnitKind.COMPARE if comparing else UnitKind.COPY
         cursor = job.plan_cursor
-        extents: Iterator[Extent] = iter(source.extents(cursor, source.size - cursor))
+        extents = _watched(source, cursor, source.size, lease)
         if job.target_zeroed and not comparing:
             extents = (e for e in extents if not e.reads_as_zeroes)
-        for batch in _batches(plan_units(extents, source.size)):
-            if lease.halt is not None:
-                return False
+        units = plan_units(extents, source.size)
+        halted = False
+        while not halted:
+            batch: list[PlannedUnit] = []
+            try:
+                for unit in itertools.islice(units, UNITS_A_BATCH):
+                    batch.append(unit)
+            except _HaltedError:  # what was found before it is whole units, and is not asked for again
+                halted = True
+            if not batch:
+                break
             end = batch[-1].end
             if not self.ledger.add_units(job.id, claim.unit_id, claim.token, kind, cursor, end, batch):
                 raise LeaseLostError(f"the plan of job {job.id} was taken over")
             cursor = end
-        return True
+        return not halted
 
-    def _open_first(self, job: JobRecord, claim: Claim) -> JobRecord:
+    def _open_first(self, job: JobRecord, claim: Claim, lease: Lease) -> JobRecord:
         """Check everything before anything is touched; then make the target ready, and record what was found."""
         self.disks.close()  # an image of the last job must not stay locked while this one's servers are waited for
         with opening(Side.SOURCE):
             source = self.disks.open_source(job)
+        if is_repository(job.spec.target):
+            return self._open_epoch(job, claim, source)
         try:
             with opening(Side.TARGET):
                 self._check_target(job, claim, source)
-                target = self.disks.open_target(job, source.size, create=True)
+                target = self._open_target(job, source.size)
         except BaseException:
             source.close()
             raise
@@ -79,7 +109,7 @@ class Planner:
         with opening(Side.TARGET):
             self._reserve(job, claim, target.identity())
             # Asked of the target rather than concluded from having made it: somebody else may have made it first.
-            zeroed = all(extent.reads_as_zeroes for extent in target.extents(0, source.size))
+            zeroed = all(extent.reads_as_zeroes for extent in _watched(target, 0, source.size, lease))
         facts = {
             "disk_size": source.size,
             "block_size": max(source.block_size, target.block_size),
@@ -89,14 +119,46 @@ class Planner:
         self._record(claim, facts)
         return job.model_copy(update=facts)
 
+    def _open_epoch(self, job: JobRecord, claim: Claim, source: Source) -> JobRecord:
+        """The same for a target that is a repository: nothing is touched but the hold of an epoch."""
+        try:
+            with opening(Side.TARGET):
+                epoch = self.backups.open_first(job, claim, source)
+        except BaseException:
+            source.close()
+            raise
+        self.disks.keep(job, source, self.disks.open_target(job, source.size, create=True))
+        facts = {"disk_size": source.size, "block_size": source.block_size, **epoch}
+        self._record(claim, facts)
+        return job.model_copy(update=facts)
+
+    def _open_target(self, job: JobRecord, size: int) -> Target:
+        """A target that `_check_target` has looked at, if it was there."""
+        try:
+            return self.disks.open_target(job, size, create=True)
+        except (UnavailableError, NotFoundError) as error:
+            if parse(job.spec.target).kind != "nbd":
+                raise
+            # Movers come and go: a server that ends with its first client is of no use, and ends with our look at it.
+            raise UnavailableError(
+                f"the target {job.spec.target} was there when it was looked at, and is gone: {error.message}",
+                "start its server so that it outlives its first client (qemu-nbd: --persistent)",
+            ) from error
+
     def _check_target(self, job: JobRecord, claim: Claim, source: Source) -> None:
         spec = job.spec
         uri = parse(spec.target)
-        there = existing_target(uri, self.disks.access)
+        there = existing_target(uri, self.disks.access, self.disks.limits)
         if there is not None and there.is_read_by(source):
             raise RefusedError(
                 f"the target {spec.target} is the source {spec.source}, or a file it is read from",
                 "name another target",
+            )
+        if there is not None and (user := there.user_beside(source)) is not None:
+            raise RefusedError(
+                f"the target {spec.target} is open in process {user}, which may be what serves the source {spec.source}"
+                " on this host",
+                "stop that process, or name another target",
             )
         if there is None and spec.sync is Sync.DIRTY:
             raise NotFoundError(
@@ -122,6 +184,29 @@ class Planner:
             raise LeaseLostError(f"the plan of job {claim.job_id} was taken over")
 
 
-def _batches(units: Iterator[PlannedUnit]) -> Iterator[list[PlannedUnit]]:
-    while batch := list(itertools.islice(units, UNITS_A_BATCH)):
-        yield batch
+def may_change(job: JobRecord, source: Source) -> bool:
+    """Whether one pass over the source need not be a point in time, by what is seen of it and what was promised."""
+    return source.may_change and not job.spec.source_frozen
+
+
+def _watched(disk: Source | Target, offset: int, end: int, lease: Lease) -> Iterator[Extent]:
+    """The extents of [offset, end), or _HaltedError within a moment of the lease's halt.
+
+    Asked for piece by piece: a server that knows little at a time may be asked a million times before an extent ends.
+    """
+    return merge_adjacent(_pieces(disk, offset, end, lease))
+
+
+def _pieces(disk: Source | Target, offset: int, end: int, lease: Lease) -> Iterator[Extent]:
+    step = Step(MAX_PIECE_BYTES)
+    while offset < end:
+        length = min(step.bytes, end - offset)
+        begun = time.monotonic()
+        for extent in disk.extents(offset, length):
+            if lease.halt is not None:
+                raise _HaltedError
+            yield extent
+        step.took(length, time.monotonic() - begun)
+        if lease.halt is not None:
+            raise _HaltedError
+        offset += length

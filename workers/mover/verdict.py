@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.ledger.contract import NewEvent
 from coordinator.model.errors import FlushpointError, Side
@@ -12,8 +12,6 @@ from coordinator.model.job import JobRecord
 from coordinator.model.policy import Action, act_on_error, io_status_after, policy_of, status_field
 from workers.mover.engine import Failure
 
-EVENTS_A_UNIT = 16
-"""A disk with a thousand bad extents tells of the first few of each unit."""
 _GRAVITY = {Action.IGNORE: 0, Action.STOP: 1, Action.REPORT: 2}
 
 
@@ -27,7 +25,7 @@ class Verdict:
 
 
 def judge(job: JobRecord, failures: Sequence[Failure]) -> Verdict:
-    """The gravest action that the policies ask for, with an event for every failure (the first EVENTS_A_UNIT)."""
+    """The gravest action that the policies ask for, with an event for each merged range that failed."""
     if not failures:
         return Verdict()
     judged = [(act_on_error(policy_of(job.spec, f.side), f.error.errno), f) for f in failures]
@@ -43,12 +41,12 @@ def judge(job: JobRecord, failures: Sequence[Failure]) -> Verdict:
             "error": message,
             "error_code": failure.error.code,
         }
-    return Verdict(action, changes, tuple(_event(job, act, f) for act, f in judged[:EVENTS_A_UNIT]))
+    return Verdict(action, changes, _events(job, failures))
 
 
 def note(job: JobRecord, failures: Sequence[Failure]) -> Verdict:
     """A lost connection that will be tried again: no policy is asked yet, but every I/O error is an event."""
-    return Verdict(events=tuple(_event(job, Action.IGNORE, f) for f in failures[:EVENTS_A_UNIT]))
+    return Verdict(events=_events(job, failures, Action.IGNORE))
 
 
 def judge_refusal(error: FlushpointError) -> Verdict:
@@ -58,6 +56,27 @@ def judge_refusal(error: FlushpointError) -> Verdict:
 
 def _disk_of(job: JobRecord, side: Side) -> str:
     return job.spec.source if side is Side.SOURCE else job.spec.target
+
+
+def _events(job: JobRecord, failures: Sequence[Failure], action: Action | None = None) -> tuple[NewEvent, ...]:
+    """One for each range of one kind of error, so that a dead disk is told of in a few events and not in thousands.
+
+    `action` is the policy's unless given.
+    """
+    merged: list[Failure] = []
+    for failure in sorted(failures, key=lambda f: (f.side, f.error.errno, f.extent.offset)):
+        last = merged[-1] if merged else None
+        if last is not None and _continues(last, failure):
+            length = last.extent.length + failure.extent.length
+            merged[-1] = replace(last, extent=replace(last.extent, length=length))
+        else:
+            merged.append(failure)
+    return tuple(_event(job, action or act_on_error(policy_of(job.spec, f.side), f.error.errno), f) for f in merged)
+
+
+def _continues(one: Failure, other: Failure) -> bool:
+    alike = one.side is other.side and one.error.errno == other.error.errno
+    return alike and one.extent.end == other.extent.offset
 
 
 def _event(job: JobRecord, action: Action, failure: Failure) -> NewEvent:

@@ -38,7 +38,7 @@ def connect(
     """Open an export. `contexts` are meta contexts to ask for; what was granted is in `Connection.contexts`.
 
     Without `structured` a read is answered by one header and its data, which splice needs; then there is no block
-    status. `timeout_s` bounds the silence while requests are in flight, and every step of the handshake unless
+    status. `timeout_s` bounds the silence while requests are in flight, and the whole of the handshake unless
     `handshake_timeout_s` is given.
 
     Raises UnavailableError if nothing listens or the server goes away, NotFoundError if it has no such export,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import struct
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,7 +46,10 @@ GREETING_TIMEOUT_S = 10.0
 
 
 def negotiate(endpoint: Endpoint, contexts: Sequence[str], timeout_s: float, *, structured: bool) -> Negotiated:
-    """Open `endpoint`'s export. Errors as in `connection.connect`; the socket is closed on any of them."""
+    """Open `endpoint`'s export, within `timeout_s` for all of it.
+
+    Errors as in `connection.connect`; the socket is closed on any of them.
+    """
     with _haggling(endpoint, timeout_s) as haggle:
         if structured:
             structured = haggle.accepts(Option.STRUCTURED_REPLY)
@@ -65,10 +70,11 @@ def list_exports(endpoint: Endpoint, timeout_s: float) -> list[ExportInfo]:
 @contextmanager
 def _haggling(endpoint: Endpoint, timeout_s: float) -> Iterator[_Haggle]:
     """A greeted server, under TLS if the endpoint asks for it; what goes wrong is said in our own errors."""
-    haggle = _Haggle(endpoint, _connected(endpoint, timeout_s))
+    deadline = time.monotonic() + timeout_s
+    haggle = _Haggle(endpoint, _connected(endpoint, timeout_s), deadline)
     try:
         try:
-            haggle.greet(min(timeout_s, GREETING_TIMEOUT_S))
+            haggle.greet()
         except TimeoutError as error:
             raise UnavailableError(
                 f"{endpoint} accepted the connection but sent no NBD greeting",
@@ -96,7 +102,8 @@ def _connected(endpoint: Endpoint, timeout_s: float) -> socket.socket:
     try:
         if endpoint.socket_path is None:
             sock = socket.create_connection((endpoint.host, endpoint.port), timeout_s)
-            _tune_tcp(sock)
+            tune_tcp(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, DROP_UNSENT)
             return sock
         sock = socket.socket(socket.AF_UNIX)
         try:
@@ -114,14 +121,13 @@ def _connected(endpoint: Endpoint, timeout_s: float) -> socket.socket:
         ) from error
 
 
-def _tune_tcp(sock: socket.socket) -> None:
-    """No delay for small requests; a dead peer or a dead process of ours is noticed, and takes its data with it."""
+def tune_tcp(sock: socket.socket) -> None:
+    """No delay for small requests; a dead peer is noticed, also while nothing is sent."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, DROP_UNSENT)
 
 
 def bound_unacknowledged(sock: socket.socket, timeout_s: float) -> None:
@@ -136,11 +142,15 @@ def say_goodbye_on_close(sock: socket.socket) -> None:
 
 
 class _Haggle:
-    """Option haggling over one socket that has a timeout."""
+    """Option haggling over one socket, until a monotonic deadline.
 
-    def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
+    One for all of it: a server that drips, a byte or an answer at a time, would satisfy any timeout of a step.
+    """
+
+    def __init__(self, endpoint: Endpoint, sock: socket.socket, deadline: float) -> None:
         self._endpoint = endpoint
         self._sock: socket.socket | None = sock
+        self._deadline = deadline
 
     @property
     def _live(self) -> socket.socket:
@@ -159,19 +169,17 @@ class _Haggle:
             self._sock.close()
             self._sock = None
 
-    def greet(self, timeout_s: float) -> None:
+    def greet(self) -> None:
         """TimeoutError if the server, which is to speak first, does not."""
-        patience_s = self._live.gettimeout()
-        self._live.settimeout(timeout_s)
+        greeted_by = min(self._deadline, time.monotonic() + GREETING_TIMEOUT_S)
         try:
-            offered = wire.parse_greeting(self._receive(wire.GREETING.size))
+            offered = wire.parse_greeting(self._receive(wire.GREETING.size, greeted_by))
         except ProtocolError as error:
             raise RefusedError(
                 f"{self._endpoint} cannot be used: {error.message}", "Check the host, the port and the server"
             ) from error
-        self._live.settimeout(patience_s)
         flags = wire.HandshakeFlag.FIXED_NEWSTYLE | (offered & wire.HandshakeFlag.NO_ZEROES)
-        self._live.sendall(wire.CLIENT_FLAGS.pack(flags))
+        self._send(wire.CLIENT_FLAGS.pack(flags))
 
     def start_tls(self) -> None:
         """Before any other option, so that neither names nor errors can be forged by someone in between."""
@@ -183,6 +191,7 @@ class _Haggle:
         context = tls_context(self._endpoint)
         plain = self.detach()
         try:
+            plain.settimeout(_left(self._deadline))
             self._sock = context.wrap_socket(plain, server_hostname=self._endpoint.server_name)
         finally:
             if self._sock is None:
@@ -238,7 +247,7 @@ class _Haggle:
     def abort(self) -> None:
         """Leave politely; the server may close before we do."""
         with suppress(OSError):
-            self._live.sendall(wire.encode_option(Option.ABORT))
+            self._send(wire.encode_option(Option.ABORT))
 
     def _refusal(self, kind: int, payload: bytes) -> FlushpointError:
         """The error for a server that does not open the export."""
@@ -274,7 +283,7 @@ class _Haggle:
 
     def _answers(self, option: Option, data: bytes = b"") -> Iterator[tuple[int, bytes]]:
         """(kind, payload) of every answer to `option`, up to and with the ACK or error that is the last."""
-        self._live.sendall(wire.encode_option(option, data))
+        self._send(wire.encode_option(option, data))
         for _ in range(MAX_OPTION_REPLIES):
             kind, length = wire.parse_option_reply(self._receive(wire.OPTION_REPLY.size), option)
             yield kind, self._receive(length)
@@ -282,14 +291,27 @@ class _Haggle:
                 return
         raise ProtocolError(f"it does not stop answering option {option.name}")
 
-    def _receive(self, length: int) -> bytes:
+    def _send(self, data: bytes) -> None:
+        self._live.settimeout(_left(self._deadline))
+        self._live.sendall(data)
+
+    def _receive(self, length: int, deadline: float = math.inf) -> bytes:
         data = bytearray()
         while len(data) < length:
+            self._live.settimeout(_left(min(deadline, self._deadline)))
             got = self._live.recv(length - len(data))
             if not got:
                 raise ConnectionError("the server closed the connection")
             data += got
         return bytes(data)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until a monotonic deadline; TimeoutError when it is over."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _said(payload: bytes) -> str:

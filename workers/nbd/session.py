@@ -67,6 +67,8 @@ class Session(ExportAttributes):
         self._flushing = threading.Lock()
         self._writes = CoveredWrites()
         self._members = [_Member(first)]
+        self.is_full = False
+        """The server let in fewer connections than were asked for: another client would wait in vain."""
         self._closed = False
         self._failed_at = 0.0
         self._lost = 0
@@ -187,7 +189,7 @@ class Session(ExportAttributes):
             for _ in range(connections):
                 self._members.append(_Member(self._connect(min(self._timeout_s, EXTRA_CONNECT_TIMEOUT_S))))
         except UnavailableError:
-            return
+            self.is_full = True
         except FlushpointError:
             self.close()
             raise

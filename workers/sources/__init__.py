@@ -13,6 +13,7 @@ from workers.sources.identity import Identity
 from workers.sources.nbd import NbdSource
 from workers.sources.qcow2 import Qcow2Source
 from workers.sources.raw import RawSource
+from workers.sources.repository import RepositorySource
 
 __all__ = ["Identity", "Source", "open_source"]
 
@@ -25,6 +26,8 @@ def open_source(
     NotFoundError for what does not exist, a bitmap included; RefusedError for what must not be read or
     cannot be read with this sync mode; UnavailableError for a server that does not answer.
     """
+    if uri.repository is not None:
+        return RepositorySource(uri.repository, sync, access)
     if uri.kind == "nbd":
         return NbdSource(Endpoint.parse(uri.nbd_uri), sync, bitmap, access, limits)
     if uri.format == "qcow2":
@@ -32,7 +35,7 @@ def open_source(
     if sync is Sync.DIRTY:
         raise RefusedError(
             f"{uri.path} is raw and has no dirty bitmaps",
-            "name an NBD export with one, or compare with --sync incremental",
+            "name a qcow2 image or an NBD export with one, or compare with --sync incremental",
         )
     # A raw file is a chain of one image, so top is the same as full here.
     return RawSource(uri.path, access)

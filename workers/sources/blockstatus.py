@@ -7,12 +7,19 @@ million dirty extents needs the memory of one window::
     dirty       ──██████────██──────██──────        windows of just under 4 GiB
     allocation  ▒▒▒▒▒▒······▒▒▒▒▒▒··········        ▒ data, · zeroes
     extents       DDDDzz    DD      zz              D dirty, z zero
+
+A server with a minimum block size wants to be asked, and read, in whole blocks, whatever its answers end at::
+
+    blocks        |       |       |       |
+    answer         ▒▒▒····▒▒▒·············          ▒ data, · zeroes
+    extents       ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒zzzzzzz           (`WholeBlockStatus` asks, `in_whole_blocks` rounds)
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from coordinator.model.errors import DiskIOError, Next
@@ -37,6 +44,25 @@ class StatusReader(Protocol):
 
     def block_status(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
         """[(length, flags), …] from `offset`; may end early or late."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBlockStatus:
+    """A StatusReader that asks another one for whole blocks only; the disk ends at a multiple of `block`."""
+
+    reader: StatusReader
+    block: int
+
+    def block_status(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
+        lead = offset % self.block
+        whole = -(-(lead + length) // self.block) * self.block
+        answer = []
+        for run, flags in self.reader.block_status(context, offset - lead, whole):
+            skipped = min(lead, run)
+            lead -= skipped
+            if run > skipped:
+                answer.append((run - skipped, flags))
+        return answer
 
 
 def selecting_context(sync: Sync, bitmap: str | None) -> str | None:
@@ -67,6 +93,34 @@ def walk(reader: StatusReader, context: str, offset: int, length: int) -> Iterat
                 length=length,
                 next_=Next.GIVE_UP,
             )
+
+
+def in_whole_blocks(extents: Iterable[Extent], block: int) -> Iterator[Extent]:
+    """Sorted extents with data rounded outward to multiples of `block`, so that it can be read.
+
+    Zeroes are not read. They keep their bounds, but for what lies in a block of data.
+    """
+    held: list[Extent] = []  # zeroes in the last block so far: data in it would take them in
+    end = 0
+    for extent in extents:
+        block_start = extent.offset // block * block
+        for zeroes in held:
+            if zeroes.offset < block_start:
+                yield _part(zeroes, zeroes.offset, min(zeroes.end, block_start))
+        held = [_part(z, max(z.offset, block_start), z.end) for z in held if z.end > block_start]
+        if extent.reads_as_zeroes:
+            if extent.end > end:
+                held.append(_part(extent, max(extent.offset, end), extent.end))
+            continue
+        held.clear()
+        start, end = max(block_start, end), max(end, -(-extent.end // block) * block)
+        if end > start:
+            yield Extent(start, end - start, extent.status)
+    yield from held
+
+
+def _part(extent: Extent, start: int, end: int) -> Extent:
+    return Extent(start, end - start, extent.status)
 
 
 def allocation(reader: StatusReader, offset: int, length: int) -> Iterator[Extent]:

@@ -21,14 +21,20 @@ class Source(Protocol):
 
     @property
     def block_size(self) -> int:
-        """Reads are cut at multiples of this; 1 where any byte can be addressed."""
+        """Offsets and lengths of reads are multiples of this, and so are those of extents that hold data; 1 where any
+        byte can be addressed."""
+
+    @property
+    def max_readers(self) -> int:
+        """How many processes may hold this source open at once, as far as is known; 0 is unlimited."""
 
     @property
     def may_change(self) -> bool:
-        """Somebody may write this disk while it is read, so one pass over it need not be a point in time."""
+        """Somebody may write this disk while it is read, so one pass over it need not be a point in time. True where
+        nothing tells, as of an export of any kind."""
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """The extents of [offset, offset + length), sorted, in bounded memory.
+        """The extents of [offset, offset + length), sorted, in bounded memory. Both are multiples of `block_size`.
 
         sync=full and incremental: gapless. top: only what the topmost image holds. dirty: only what the
         bitmap calls dirty. ZERO and HOLE read as zeroes. In a top or dirty answer such an extent is ZERO,
@@ -53,6 +59,10 @@ class Source(Protocol):
 
     def nbd_endpoint(self) -> Endpoint | None:
         """Where the same bytes are served, for splice; None for a file. Valid until `close`."""
+
+    def abort(self) -> None:
+        """Break off, from another thread: calls that wait for a server fail at once (DiskIOError), and so does every
+        later one. Nothing where nobody is waited for but the kernel. `close` is still to be called."""
 
     def close(self) -> None:
         """Give everything back. Harmless when repeated."""

@@ -1,7 +1,7 @@
 """Which disk is behind a name, and what lies under it: so that no disk is mirrored onto itself.
 
-What cannot be told apart from here: two names of one host elsewhere, a network file system mounted twice, and the
-files behind a server on another host.
+What cannot be told apart from here: two names of one host elsewhere, a network file system mounted twice, the
+files behind a server on another host, and those of a process that this one may not look into (another user's).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from workers.nbd.endpoint import Endpoint
@@ -20,6 +21,7 @@ Identity = tuple[str | int, ...]
 """Two disks of one identity are one disk: ("inode", dev, ino), ("blockdev", rdev) or ("nbd", address, port, export)."""
 
 THIS_HOST = "this host"
+_TCP_ESTABLISHED, _TCP_LISTEN = "01", "0A"  # <net/tcp_states.h>, as /proc/net/tcp prints them
 _UCRED = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
 
@@ -57,17 +59,83 @@ def name_in_fleet(identity: Identity, host: str) -> str:
 
 
 def beneath_export(endpoint: Endpoint) -> frozenset[Identity]:
-    """The files and devices that the process behind a unix socket has open, as far as they can be seen."""
-    if endpoint.socket_path is None:
-        return frozenset()
+    """The files and devices that the processes behind an export of this host have open, as far as they can be seen.
+
+    A server that has a process for each client is seen while one is connected.
+    """
     found: set[Identity] = set()
     with contextlib.suppress(OSError):
-        for entry in Path(f"/proc/{_peer(endpoint.socket_path)}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                status = entry.stat()
-                if stat.S_ISBLK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size > 0):
-                    found.add(identity_of_file(status))
+        for pid in _servers(endpoint):
+            for descriptor in _descriptors(pid):
+                with contextlib.suppress(OSError):
+                    status = os.stat(descriptor)  # noqa: PTH116 - two numbers
+                    if stat.S_ISBLK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size > 0):
+                        found.add(identity_of_file(status))
     return frozenset(found)
+
+
+def is_export_of_this_host(identity: Identity) -> bool:
+    return identity[0] == "nbd" and (identity[1] == THIS_HOST or identity[2] == 0)
+
+
+def process_that_has_open(file: Identity) -> int | None:
+    """Another process of this host that has a regular file open, as far as it can be seen; None if there is none."""
+    if file[0] != "inode":
+        return None
+    inode = f"ino:\t{file[2]}\n"
+    for pid in _processes() - {os.getpid()}:
+        for descriptor in _descriptors(pid):
+            with contextlib.suppress(OSError):
+                if not _link(descriptor).startswith("/"):
+                    continue
+                # Asked first (Linux 5.14 and later): stat hangs for a file of a file server that is gone.
+                if inode not in Path(descriptor.replace("/fd/", "/fdinfo/")).read_text():
+                    continue
+                if identity_of_file(os.stat(descriptor)) == file:  # noqa: PTH116 - two numbers
+                    return pid
+    return None
+
+
+def _servers(endpoint: Endpoint) -> set[int]:
+    if endpoint.socket_path is not None:
+        return {_peer(endpoint.socket_path)}
+    if not _is_this_host(endpoint.host or ""):
+        return set()
+    sockets = {f"socket:[{inode}]" for inode in _sockets_of_port(endpoint.port)}
+    return {pid for pid in _processes() if any(_link(descriptor) in sockets for descriptor in _descriptors(pid))}
+
+
+def _sockets_of_port(port: int) -> Iterator[str]:
+    """Inodes of the TCP sockets that listen on a port of this host, whatever the address, and of those they accepted.
+
+    A line of /proc/net/tcp (proc_pid_net(5)): number, local address:port in hex, remote one, state, 5 more, inode.
+    """
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if int(fields[1].rpartition(":")[2], 16) == port and fields[3] in (_TCP_LISTEN, _TCP_ESTABLISHED):
+                    yield fields[9]
+
+
+# Paths as text below: a host may have some hundred thousand descriptors.
+
+
+def _processes() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}  # noqa: PTH208
+
+
+def _descriptors(pid: int) -> list[str]:
+    """/proc/PID/fd/N of all; none for a process that is gone, or that this one may not look into."""
+    with contextlib.suppress(OSError):
+        return [f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd")]  # noqa: PTH208
+    return []
+
+
+def _link(descriptor: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(descriptor)  # noqa: PTH115
+    return ""
 
 
 def _peer(socket_path: str) -> int:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coordinator.model.errors import DiskIOError, NotFoundError, UnavailableError
+from coordinator.model.errors import DiskIOError, NotFoundError, RefusedError, UnavailableError
 from coordinator.model.extent import Extent, Status, merge_adjacent
 from coordinator.model.job import Sync
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.nbd.session import Session, SessionLimits
-from workers.sources.blockstatus import ALLOCATION, allocation, selected, selected_with_zeroes, selecting_context
+from workers.sources.blockstatus import (
+    ALLOCATION,
+    StatusReader,
+    WholeBlockStatus,
+    allocation,
+    in_whole_blocks,
+    selected,
+    selected_with_zeroes,
+    selecting_context,
+)
 from workers.sources.identity import Identity, beneath_export, identity_of_export
 
 
@@ -33,7 +42,9 @@ class NbdSource:
             raise
         self.size = self._session.size
         self.block_size = self._session.min_block
-        self.may_change = not self._session.read_only
+        self.max_readers = 1 if self._session.is_full else 0
+        # A read-only export keeps us from writing, not the guest whose disk it shows: QEMU exports so by default.
+        self.may_change = access is not None
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         return merge_adjacent(self._unmerged(offset, length))
@@ -56,6 +67,9 @@ class NbdSource:
     def nbd_endpoint(self) -> Endpoint | None:
         return self._endpoint
 
+    def abort(self) -> None:
+        self._session.abort()
+
     def close(self) -> None:
         self._session.close()
 
@@ -73,20 +87,26 @@ class NbdSource:
         )
 
     def _unmerged(self, offset: int, length: int) -> Iterator[Extent]:
+        if self.block_size == 1:
+            return self._extents_by(self._session, offset, length)
+        reader = WholeBlockStatus(self._session, self.block_size)
+        return in_whole_blocks(self._extents_by(reader, offset, length), self.block_size)
+
+    def _extents_by(self, reader: StatusReader, offset: int, length: int) -> Iterator[Extent]:
         known = ALLOCATION in self._session.contexts
         if self._selector is None:
             if not known:
                 return iter((Extent(offset, length, Status.DATA),))
-            return allocation(self._session, offset, length)
+            return allocation(reader, offset, length)
         if not known:
-            return selected(self._session, self._selector, offset, length)
-        return selected_with_zeroes(self._session, self._selector, offset, length)
+            return selected(reader, self._selector, offset, length)
+        return selected_with_zeroes(reader, self._selector, offset, length)
 
 
 def open_session(
     candidates: tuple[Endpoint, ...], limits: SessionLimits, contexts: tuple[str, ...]
 ) -> tuple[Session, Endpoint]:
-    """A session with the first address of a server that answers."""
+    """A session with the first address of a server that answers. RefusedError for a size of no whole blocks."""
     for candidate in candidates[:-1]:
         try:
             return _open_session(candidate, limits, contexts), candidate
@@ -96,4 +116,12 @@ def open_session(
 
 
 def _open_session(endpoint: Endpoint, limits: SessionLimits, contexts: tuple[str, ...]) -> Session:
-    return Session.open(endpoint, limits.connections, contexts=contexts, timeout_s=limits.timeout_s)
+    session = Session.open(endpoint, limits.connections, contexts=contexts, timeout_s=limits.timeout_s)
+    if session.size % session.min_block:
+        session.close()
+        raise RefusedError(
+            f"the export {endpoint} has {session.size} bytes, no multiple of its block size of {session.min_block}: its"
+            " end can be neither read nor written",
+            "serve it with another size or a smaller minimum block size",
+        )
+    return session

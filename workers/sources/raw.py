@@ -17,6 +17,7 @@ class RawSource:
     """A regular file or block device, read as it is. Holes are what the file system calls holes."""
 
     may_change: bool
+    max_readers = 0
 
     def __init__(self, path: str, access: Access) -> None:
         self._disk = RawDisk.open(path, os.O_RDONLY, access)
@@ -44,6 +45,9 @@ class RawSource:
 
     def nbd_endpoint(self) -> Endpoint | None:
         return None
+
+    def abort(self) -> None:
+        """The kernel lets nobody out of a read of a file."""
 
     def close(self) -> None:
         self._disk.close()

@@ -26,6 +26,10 @@ class AlignedTarget:
         self.block_size = 1
         self.max_writers = target.max_writers
 
+    @property
+    def can_zero(self) -> bool:
+        return self._target.can_zero
+
     def write(self, offset: int, data: memoryview) -> None:
         head, body, tail = self._split(offset, len(data))
         self._change(offset, data[:head])
@@ -68,6 +72,9 @@ class AlignedTarget:
 
     def nbd_endpoint(self) -> Endpoint | None:
         return self._target.nbd_endpoint()
+
+    def abort(self) -> None:
+        self._target.abort()
 
     def close(self) -> None:
         self._target.close()

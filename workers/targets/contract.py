@@ -29,6 +29,10 @@ class Target(Protocol):
     def max_writers(self) -> int:
         """How many processes may hold this target open for writing at once; 0 is unlimited."""
 
+    @property
+    def can_zero(self) -> bool:
+        """False where `write_zeroes` has to write them, as far as is known: it then costs what a write costs."""
+
     def write(self, offset: int, data: memoryview) -> None:
         """All of `data`, or DiskIOError. Durable only after `flush`."""
 
@@ -60,6 +64,10 @@ class Target(Protocol):
 
         Writes over a connection of the caller's own are covered by `flush` only under CAN_MULTI_CONN.
         """
+
+    def abort(self) -> None:
+        """Break off, from another thread: calls that wait for a server fail at once (DiskIOError), and so does every
+        later one. Nothing where nobody is waited for but the kernel. `close` is still to be called."""
 
     def close(self) -> None:
         """Give everything back; does not flush. Harmless when repeated."""

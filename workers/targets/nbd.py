@@ -22,18 +22,29 @@ class NbdTarget:
     max_writers: int
 
     def __init__(self, endpoint: Endpoint, access: Access | None, limits: SessionLimits) -> None:
-        """`access` is None for a server that we started ourselves. RefusedError for a read-only export."""
+        """`access` is None for a server that we started ourselves. RefusedError for an export that is read-only or
+        cannot be flushed."""
         candidates = access.check_endpoint(endpoint) if access is not None else (endpoint,)
         self._session, self._endpoint = open_session(candidates, limits, contexts=(ALLOCATION,))
         self._identity = identity_of_export(self._endpoint)
         if self._session.read_only:
             self._session.close()
             raise RefusedError(f"the export {endpoint} is read-only", "export it writable, or name another target")
+        if not self._session.can_flush:  # before anything is written that nobody could ever call durable
+            self._session.close()
+            raise RefusedError(
+                f"the server of the export {endpoint} has no flush, so what is written to it may be lost at any time",
+                "let it offer flushes (nbd-server: flush = true), or name another target",
+            )
         self._flushing = threading.Lock()
         self._flush_failure: DiskIOError | None = None
         self.size = self._session.size
         self.block_size = self._session.min_block
         self.max_writers = 0 if self._session.can_multi_conn else 1
+
+    @property
+    def can_zero(self) -> bool:
+        return self._session.can_zero
 
     def write(self, offset: int, data: memoryview) -> None:
         self._session.write(offset, data)
@@ -72,6 +83,9 @@ class NbdTarget:
 
     def nbd_endpoint(self) -> Endpoint | None:
         return self._endpoint
+
+    def abort(self) -> None:
+        self._session.abort()
 
     def close(self) -> None:
         self._session.close()

@@ -6,6 +6,7 @@ file that holds nothing       empty, or a hole of the size asked for: used (qcow
 file that holds data          refused; with `overwrite` resized (qcow2: made anew); with `keep` used as
                               it is, and refused if its size differs
 device, NBD export            used as it is, and refused if smaller than the source
+device as qcow2               refused: an image is made in a file
 ============================  =====================================================================
 """
 
@@ -57,7 +58,7 @@ def prepare_raw(path: str, size: int, access: Access, wish: Wish) -> None:
                 f"{path} is in use by the host: mounted, or part of a volume group or RAID", "unmount it first"
             )
         if locks.has_holder(disk.fd):  # a reader too: it may be what serves the source
-            raise RefusedError(f"{path} is open in a QEMU process", "stop it, or name its NBD export")
+            raise _in_use(path)
         if disk.is_device:
             check_size(path, disk.size, size)
             return
@@ -82,8 +83,16 @@ def prepare_qcow2(path: str, size: int, access: Access, wish: Wish) -> None:
     resolved = Path(access.check_path(path, must_exist=False))
     if access.exists(path):
         disk = RawDisk.open(path, os.O_RDWR, access)
-        empty = disk.size == 0
-        disk.close()
+        try:
+            if disk.is_device:  # mounted or not: making an image destroys what is there
+                raise RefusedError(
+                    f"{path} is a block device, and qcow2 images are written to files only",
+                    "name it without qcow2, to copy the disk itself to it",
+                )
+            empty = disk.size == 0
+            in_use = locks.has_holder(disk.fd)
+        finally:
+            disk.close()
         if wish.keep and not empty:
             check_same_size(path, inspect(str(resolved), access).virtual_size, qcow2_size(size))
             return
@@ -91,6 +100,8 @@ def prepare_qcow2(path: str, size: int, access: Access, wish: Wish) -> None:
             return
         if not wish.overwrite and not empty:
             raise _holds_data(path)
+        if in_use:
+            raise _in_use(path)
         create_qcow2(str(resolved), size)
         return
     try:
@@ -115,6 +126,10 @@ def check_same_size(name: str, there: int, needed: int) -> None:
             f"{name} has {there} bytes and the source {needed}: it is no older copy of it",
             "make a full copy, with --overwrite",
         )
+
+
+def _in_use(path: str) -> RefusedError:
+    return RefusedError(f"{path} is open in a QEMU process", "stop it, or name its NBD export")
 
 
 def _holds_data(path: str) -> RefusedError:

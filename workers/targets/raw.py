@@ -42,6 +42,10 @@ class RawTarget:
         self._flushing = threading.Lock()
         self._flush_failure: OSError | None = None
 
+    @property
+    def can_zero(self) -> bool:
+        return bool(self._zero_modes)  # until the first attempt nothing tells what a file system can
+
     def write(self, offset: int, data: memoryview) -> None:
         self._check_range(offset, len(data))
         done = 0
@@ -90,6 +94,9 @@ class RawTarget:
 
     def nbd_endpoint(self) -> Endpoint | None:
         return None
+
+    def abort(self) -> None:
+        """The kernel lets nobody out of a write to a file."""
 
     def close(self) -> None:
         self._disk.close()

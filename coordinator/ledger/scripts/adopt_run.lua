@@ -6,7 +6,7 @@ if deposed(ARGV[1], ARGV[2]) then
   return -1
 end
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
--- A ledger without any record of a run is new: nobody was ever granted a lease by it.
+-- A ledger without any record of a run grants no leases: it is new, or its last leader resigned when there was none.
 local hold = redis.call('EXISTS', P .. 'run') == 1 and tonumber(ARGV[3]) or 0
 -- A renewal may be among the writes that were lost, so a holder may live as long as claims are held back.
 local over = int(now_ms + hold)

@@ -18,6 +18,30 @@ local function add(key, field, number)
   end
 end
 
+-- How fast a job goes (coordinator/model/progress.py): from this moment on, whatever it did before.
+local function restart_rate(record)
+  local offset = redis.call('HGET', record, 'offset')
+  redis.call('HSET', record, 'progress_at', now_s, 'rate_from_at', now_s, 'rate_from_offset', offset,
+    'rate_mark_at', now_s, 'rate_mark_offset', offset)
+end
+
+local RATE_WINDOW_S = 5 -- also in progress.py
+
+-- Bytes of a job are done. What is to be done again is taken from `offset` without a word to the rate.
+local function advance(record, bytes)
+  if bytes == 0 then
+    return
+  end
+  local offset, now = int(redis.call('HINCRBY', record, 'offset', int(bytes))), now_us / 1000000
+  local f = redis.call('HMGET', record, 'progress_at', 'rate_mark_at', 'rate_mark_offset')
+  redis.call('HINCRBYFLOAT', record, 'active_s', string.format('%.6f', math.max(0, now - tonumber(f[1]))))
+  redis.call('HSET', record, 'progress_at', now_s)
+  if now - tonumber(f[2]) >= RATE_WINDOW_S then
+    redis.call('HSET', record, 'rate_from_at', f[2], 'rate_from_offset', f[3],
+      'rate_mark_at', now_s, 'rate_mark_offset', offset)
+  end
+end
+
 local function job_key(job) return P .. 'job:' .. job end
 local function unit_key(job, unit) return P .. 'unit:' .. job .. '/' .. unit end
 local function ready_key(job) return P .. 'ready:' .. job end
@@ -32,7 +56,10 @@ local RUNS = { running = true, ready = true, waiting = true }
 
 -- True where units of the job may be worked on.
 local function may_run(job)
-  local f = redis.call('HMGET', job_key(job), 'state', 'pause_requested', 'cancel_requested', 'fatal')
+  local f = redis.call('HMGET', job_key(job), 'state', 'pause_requested', 'cancel_requested', 'fatal', 'closing')
+  if f[1] == 'aborting' and f[5] == '1' then
+    return true
+  end
   return RUNS[f[1]] ~= nil and f[2] ~= '1' and f[3] == '' and f[4] ~= '1'
 end
 
@@ -112,24 +139,94 @@ local function create_unit(job, kind, pass, first, last, bytes, extents)
   local number = redis.call('HINCRBY', job_key(job), '_next_unit', 1)
   local unit = redis.call('HGET', job_key(job), '_incarnation') .. '-' .. number
   redis.call('HSET', unit_key(job, unit), 'kind', kind, 'pass', pass, 'start', first, 'end', last,
-    'bytes', bytes, 'counted', 0, 'extents', extents, 'failures', 0, 'expired', 0)
+    'bytes', bytes, 'counted', 0, 'extents', extents, 'failures', 0, 'expired', 0, 'rewrite', 0)
   append_ready(job, unit)
   redis.call('HINCRBY', job_key(job), 'units_ready', 1)
+end
+
+-- What a copy unit's holder says is flushed may yet turn out to be lost, for as long as a lease lasts that began
+-- before: its flush may have been the one that was told, see lose_flush.
+local function remember_flushed(job, unit)
+  redis.call('ZADD', P .. 'recent:' .. job, redis.call('HGET', job_key(job), '_claims'), unit)
+end
+
+local function forget_flushed(job)
+  local oldest = redis.call('ZRANGE', P .. 'leased:' .. job, 0, 0, 'WITHSCORES')[2]
+  local over = oldest and '(' .. oldest or '+inf'
+  for _, unit in ipairs(redis.call('ZRANGEBYSCORE', P .. 'recent:' .. job, '-inf', over)) do
+    local f = redis.call('HMGET', unit_key(job, unit), 'state', 'expired')
+    if f[1] == 'done' and f[2] == '0' then
+      redis.call('UNLINK', unit_key(job, unit))
+    end
+  end
+  redis.call('ZREMRANGEBYSCORE', P .. 'recent:' .. job, '-inf', over)
 end
 
 -- The lease ends. The caller puts the unit where it belongs now.
 local function drop_lease(job, unit)
   redis.call('ZREM', P .. 'leases', job .. '/' .. unit)
-  redis.call('SREM', P .. 'leased:' .. job, unit)
-  redis.call('HDEL', unit_key(job, unit), 'token', 'until', 'worker')
+  redis.call('ZREM', P .. 'leased:' .. job, unit)
+  redis.call('HDEL', unit_key(job, unit), 'token', 'until', 'worker', 'spoilt')
   redis.call('HINCRBY', job_key(job), 'units_leased', -1)
+  forget_flushed(job)
 end
 
-local function quarantine(job, unit)
-  redis.call('HSET', unit_key(job, unit), 'state', 'quarantined')
+-- All of a unit is to be done again: what was counted of it leaves the job's offset.
+local function undo(job, unit)
+  local record = unit_key(job, unit)
+  add(job_key(job), 'offset', -tonumber(redis.call('HGET', record, 'counted')))
+  redis.call('HSET', record, 'counted', 0)
+  redis.call('HDEL', record, 'remaining', 'digest')
+end
+
+-- A flush of a copy unit failed, whose lease is about to end. Kernel and server tell of lost writes once, to one of
+-- those who flush: the flushes of the others succeed without their bytes. Only units whose leases overlap this one can
+-- be among them, and all of these are written anew.
+local function lose_flush(job, told)
+  redis.call('HSET', unit_key(job, told), 'rewrite', 1)
+  for _, unit in ipairs(redis.call('ZRANGEBYSCORE', P .. 'leased:' .. job, '-inf', '(+inf')) do
+    if unit ~= told then
+      undo(job, unit)
+      redis.call('HSET', unit_key(job, unit), 'rewrite', 1, 'spoilt', 1)
+    end
+  end
+  local since = redis.call('ZSCORE', P .. 'leased:' .. job, told)
+  for _, unit in ipairs(redis.call('ZRANGEBYSCORE', P .. 'recent:' .. job, since, '+inf')) do
+    local state = redis.call('HGET', unit_key(job, unit), 'state')
+    if state ~= 'leased' then
+      undo(job, unit)
+      redis.call('HSET', unit_key(job, unit), 'rewrite', 1)
+      if state == 'done' then
+        redis.call('SREM', P .. 'suspects:' .. job, unit)
+        redis.call('HINCRBY', job_key(job), 'units_done', -1)
+        redis.call('HINCRBY', job_key(job), 'units_ready', 1)
+        append_ready(job, unit)
+      end
+    end
+  end
+end
+
+-- `cause`: JSON of the last event that its holder gave it back with, "" if it ended without a word.
+local function quarantine(job, unit, cause)
+  redis.call('HSET', unit_key(job, unit), 'state', 'quarantined', 'cause', cause)
   redis.call('SADD', P .. 'quarantined:' .. job, unit)
   redis.call('HINCRBY', job_key(job), 'units_quarantined', 1)
   announce(job)
+end
+
+-- Given-up units are ready again, in the order in which they were made; their attempts are counted from the start.
+local function retry_quarantined(job)
+  local units = redis.call('SMEMBERS', P .. 'quarantined:' .. job)
+  table.sort(units, function(one, other)
+    return tonumber(string.match(one, '%d+$')) < tonumber(string.match(other, '%d+$'))
+  end)
+  for _, unit in ipairs(units) do
+    redis.call('HSET', unit_key(job, unit), 'failures', 0)
+    append_ready(job, unit)
+  end
+  redis.call('UNLINK', P .. 'quarantined:' .. job)
+  add(job_key(job), 'units_ready', #units)
+  add(job_key(job), 'units_quarantined', -#units)
 end
 
 -- Whether the counted attempts of a unit have reached a bound; 0 is no bound.
@@ -138,18 +235,23 @@ local function worn_out(job, unit, max_attempts)
     and tonumber(redis.call('HGET', unit_key(job, unit), 'failures')) >= max_attempts
 end
 
--- The unit is done, its lease over: count it once, remember the token, keep the record of a suspect.
+-- The unit is done, its lease over: count it once, remember the token, keep the record of a suspect for settle,
+-- and of any copy unit for as long as it may be lost.
 local function complete_unit(job, unit, token, digest)
   local key, record = unit_key(job, unit), job_key(job)
   local f = redis.call('HMGET', key, 'bytes', 'counted', 'expired', 'kind')
-  drop_lease(job, unit)
-  add(record, 'offset', tonumber(f[1]) - tonumber(f[2]))
+  advance(record, tonumber(f[1]) - tonumber(f[2]))
   redis.call('HINCRBY', record, 'units_done', 1)
   redis.call('SET', P .. 'done:' .. token, job .. '/' .. unit, 'EX', 3600)
-  if tonumber(f[3]) > 0 and tonumber(f[1]) > 0 then
+  if tonumber(f[1]) > 0 then
     redis.call('HSET', key, 'state', 'done', 'counted', f[1], 'digest', digest)
-    redis.call('SADD', P .. 'suspects:' .. job, unit)
+    if tonumber(f[3]) > 0 then
+      redis.call('SADD', P .. 'suspects:' .. job, unit)
+    end
+    remember_flushed(job, unit)
+    drop_lease(job, unit)
   else
+    drop_lease(job, unit)
     redis.call('UNLINK', key)
   end
   return f[4]
@@ -158,16 +260,16 @@ end
 -- Forget all units of a job: what is small at once, the rest is swept in batches by reap.
 local function forget_units(job)
   local record = job_key(job)
-  for _, unit in ipairs(redis.call('SMEMBERS', P .. 'leased:' .. job)) do
+  for _, unit in ipairs(redis.call('ZRANGE', P .. 'leased:' .. job, 0, -1)) do
     redis.call('ZREM', P .. 'leases', job .. '/' .. unit)
     redis.call('UNLINK', unit_key(job, unit))
   end
-  redis.call('UNLINK', ready_key(job), P .. 'leased:' .. job, P .. 'suspects:' .. job,
-    P .. 'quarantined:' .. job)
+  redis.call('UNLINK', ready_key(job), P .. 'leased:' .. job, P .. 'recent:' .. job,
+    P .. 'suspects:' .. job, P .. 'quarantined:' .. job, P .. 'results:' .. job)
   local f = redis.call('HMGET', record, '_incarnation', '_next_unit')
   if f[2] ~= '0' then
     redis.call('RPUSH', P .. 'trash', f[1] .. ':1:' .. f[2] .. ':' .. job)
   end
   redis.call('HSET', record, '_incarnation', redis.call('INCR', P .. 'incarnations'), '_next_unit', 0,
-    'units_ready', 0, 'units_leased', 0, 'units_done', 0, 'units_quarantined', 0)
+    '_claims', 0, 'units_ready', 0, 'units_leased', 0, 'units_done', 0, 'units_quarantined', 0)
 end

@@ -20,7 +20,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', P .. 'leases', '-inf', int(n
   redis.call('HINCRBY', record, 'expired', 1)
   redis.call('HINCRBY', record, 'failures', 1)
   if worn_out(job, unit, tonumber(ARGV[3])) then
-    quarantine(job, unit)
+    quarantine(job, unit, '')
     refresh(job)
   else
     redis.call('HINCRBY', job_key(job), 'units_ready', 1)

@@ -9,14 +9,11 @@ end
 for i = 5, #ARGV do
   local suspect = ARGV[i]
   if redis.call('SREM', P .. 'suspects:' .. job, suspect) == 1 then
-    local record = unit_key(job, suspect)
-    add(key, 'offset', -tonumber(redis.call('HGET', record, 'counted')))
+    undo(job, suspect)
     redis.call('HINCRBY', key, 'units_done', -1)
-    redis.call('HDEL', record, 'remaining', 'digest')
-    redis.call('HSET', record, 'counted', 0)
-    redis.call('HINCRBY', record, 'failures', 1)
+    redis.call('HINCRBY', unit_key(job, suspect), 'failures', 1)
     if worn_out(job, suspect, tonumber(ARGV[4])) then
-      quarantine(job, suspect)
+      quarantine(job, suspect, '')
     else
       redis.call('HINCRBY', key, 'units_ready', 1)
       append_ready(job, suspect)

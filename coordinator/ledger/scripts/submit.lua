@@ -1,5 +1,5 @@
 -- Create a job, unless it exists.
--- Keys: idem:*, job:*, jobs, active, incarnations, wake (written).
+-- Keys: idem:*, job:*, jobs, active, incarnations, events, wake (written).
 -- ARGV: job id, spec as JSON, idempotency key or "", then fields and values of the new record.
 -- Returns {"ok", fields…} of the job that was created or existed, or {"refused", job id}.
 local job, spec, idem = ARGV[1], ARGV[2], ARGV[3]
@@ -17,9 +17,10 @@ end
 if not existing then
   redis.call('HSET', key, unpack(ARGV, 4))
   redis.call('HSET', key, 'id', job, 'spec', spec, 'created_at', now_s, 'version', 1,
-    '_incarnation', redis.call('INCR', P .. 'incarnations'), '_next_unit', 0)
+    '_incarnation', redis.call('INCR', P .. 'incarnations'), '_next_unit', 0, '_claims', 0)
   redis.call('ZADD', P .. 'jobs', int(now_us), job)
   redis.call('SADD', P .. 'active', job)
+  emit(job, 'JOB_STATUS_CHANGE', '{"status":"created"}')
   wake(job)
 end
 if idem ~= '' then

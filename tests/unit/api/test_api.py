@@ -8,8 +8,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from coordinator.api.app import make_api
-from coordinator.ledger import MemoryLedger
+from coordinator.api.feed import EventFeed
+from coordinator.ledger import MemoryLedger, NewUnit
 from coordinator.model.job import JobSpec, State
+from coordinator.model.units import UnitKind
 
 BODY = {"source": "/disks/a.img", "target": "/disks/b.img"}
 
@@ -21,7 +23,7 @@ def ledger() -> MemoryLedger:
 
 @pytest.fixture
 def api(ledger: MemoryLedger) -> Iterator[TestClient]:
-    with TestClient(make_api(ledger, lambda: True), raise_server_exceptions=False) as client:
+    with TestClient(make_api(ledger, lambda: True, EventFeed(ledger)), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -50,7 +52,6 @@ def test_an_idempotency_key_makes_one_job(api: TestClient) -> None:
         ({**BODY, "spede": 1}, 422, "spede"),
         ({**BODY, "speed": -1}, 422, "speed"),
         ({**BODY, "source": "relative.img"}, 422, "relative.img"),
-        ({**BODY, "source": "s3://bucket/x"}, 422, "s3"),
         ({**BODY, "target": BODY["source"]}, 409, BODY["source"]),
         ({**BODY, "sync": "dirty"}, 422, "bitmap"),
     ],
@@ -85,6 +86,20 @@ def test_verbs_leave_their_mark(api: TestClient) -> None:
     assert api.post(f"/v1/jobs/{job_id}/set-speed", json={"speed": 7}).json()["speed"] == 7
     assert api.post(f"/v1/jobs/{job_id}/set-speed", json={}).status_code == 422
     assert api.post(f"/v1/jobs/{job_id}/cancel", json={"force": True}).json()["cancel_requested"] == "force"
+
+
+def test_resume_makes_given_up_units_ready_again(api: TestClient, ledger: MemoryLedger) -> None:
+    job_id = api.post("/v1/jobs", json=BODY).json()["id"]
+    term = ledger.lead("leader", 60_000)
+    assert term is not None
+    ledger.adopt_run(term, 0)
+    ledger.update(job_id, 1, {"state": State.RUNNING, "pass_number": 1}, new_unit=NewUnit(UnitKind.PLAN, 1))
+    ledger.claim("worker", "token", 0)
+    ledger.reap(term, max_attempts=1)
+    ledger.update(job_id, ledger.job(job_id).version, {"state": State.PAUSED, "pause_requested": True})
+    assert api.get(f"/v1/jobs/{job_id}").json()["units_quarantined"] == 1
+    resumed = api.post(f"/v1/jobs/{job_id}/resume").json()
+    assert (resumed["state"], resumed["units_quarantined"], resumed["units_ready"]) == ("running", 0, 1)
 
 
 def test_a_long_poll_answers_when_the_state_comes(api: TestClient, ledger: MemoryLedger) -> None:
@@ -122,8 +137,18 @@ def test_events_of_one_job_pass_over_the_others(api: TestClient, ledger: MemoryL
     assert api.get("/v1/events", params={"after": "yesterday"}).status_code == 422
 
 
-def test_health_tells_who_leads(api: TestClient) -> None:
-    assert api.get("/v1/health").json() == {"status": "ok", "version": "0.1.0", "leader": True, "workers": {}}
+def test_health_tells_who_leads(api: TestClient, ledger: MemoryLedger) -> None:
+    health = {"status": "ok", "version": "0.1.0", "leader": True, "led": False, "workers": {}, "warnings": []}
+    assert api.get("/v1/health").json() == health
+    ledger.lead("another", 60_000)
+    assert api.get("/v1/health").json() == {**health, "led": True}
+
+
+def test_health_tells_what_the_ledgers_server_may_cost(
+    api: TestClient, ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "shortcomings", lambda: ["it forgets"])
+    assert api.get("/v1/health").json()["warnings"] == ["the ledger's server: it forgets"]
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -32,10 +32,17 @@ class FakeApi:
     address: str
     jobs: dict[str, list[JobView]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    led: bool = True
+    workers: dict[str, int] = field(default_factory=lambda: {"w": 2})
+    warnings: list[str] = field(default_factory=list)
     refusal: tuple[str, str, str] | None = None
     """code, detail and remedy with which every verb and submission is answered."""
     received: list[tuple[str, str, Any]] = field(default_factory=list)
     """Method, path and body of each request that changes something."""
+    lost_while_waiting: bool = False
+    """Whoever waits for a change is told that the API is unavailable."""
+    listed: int = 0
+    """How often all jobs were asked for."""
     looked: threading.Event = field(default_factory=threading.Event)
     """Set when a client waits for a change that does not come."""
 
@@ -52,10 +59,13 @@ class FakeApi:
                 return _problem(*self.refusal)
         match method, parts:
             case "GET", ["health"]:
-                return 200, {"status": "ok", "version": "0", "leader": True, "workers": {"w": 2}}
+                health = {"status": "ok", "version": "0", "leader": True, "led": self.led}
+                return 200, {**health, "workers": self.workers, "warnings": self.warnings}
             case "GET", ["events"]:
-                return 200, {"events": self.events, "next": self.events[-1]["id"] if self.events else "0"}
+                found = [event for event in self.events if params.get("job", "") in ("", event["job"])]
+                return 200, {"events": found, "next": found[-1]["id"] if found else "0"}
             case "GET", ["jobs"]:
+                self.listed += 1
                 return 200, {
                     "jobs": [views[0].model_dump(mode="json") for views in self.jobs.values()],
                     "next": None,
@@ -63,6 +73,8 @@ class FakeApi:
             case "POST", ["jobs"]:
                 views = self.jobs.setdefault("feed", [JobView(id="feed", spec=JobSpec.model_validate(body))])
                 return 201, views[0].model_dump(mode="json")
+            case "GET", ["jobs", _] if self.lost_while_waiting and "until" in params:
+                return _problem("unavailable", "the ledger does not answer", "start it")
             case "GET", ["jobs", job_id] if job_id in self.jobs:
                 return 200, self._look(job_id, "until" in params)
             case "POST", ["jobs", job_id, "dismiss"] if job_id in self.jobs:

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coordinator.model.errors import RefusedError
 from coordinator.model.job import IoStatus, State
 from flushpoint.cli import main
 from tests.unit.flushpoint.fake_api import UNCONNECTED_SOCKET_LEAKS, FakeApi
@@ -57,6 +59,12 @@ def test_mirror_json_is_one_document_on_stdout(api: FakeApi, capsys: pytest.Capt
     assert json.loads(out)["state"] == "concluded"
 
 
+def test_a_promise_that_the_source_is_frozen_is_submitted(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "mirror", "/a", "/b", "--detach")
+    run(capsys, "mirror", "/a", "/b", "--detach", "--source-frozen")
+    assert [body["source_frozen"] for _, _, body in api.received] == [False, True]
+
+
 def test_detach_prints_the_id_alone(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "mirror", "/a", "/b", "--detach") == (0, "feed\n", "")
 
@@ -77,11 +85,24 @@ def test_detach_prints_the_id_alone(api: FakeApi, capsys: pytest.CaptureFixture[
 def test_a_concluded_job_leaves_with_what_its_error_means(
     api: FakeApi, capsys: pytest.CaptureFixture[str], end: dict[str, Any], code: int
 ) -> None:
-    api.add("feed", {**DONE, **end, "error": "the target is full" if end.get("fatal") else ""})
+    api.add("feed", {**DONE, "disk_size": 4096, **end, "error": "the target is full" if end.get("fatal") else ""})
     found, _, err = run(capsys, "mirror", "/a", "/b")
     assert found == code
     assert ("failed: the target is full. /disks/b.raw is" in err) == bool(end.get("fatal"))
     assert ("/disks/b.raw is no whole copy" in err) == (code != 0)
+
+
+@pytest.mark.parametrize(
+    "end", [{"fatal": True, "error": "no source", "error_code": "not-found"}, {"cancel_requested": "soft"}]
+)
+def test_a_disk_that_was_never_written_is_not_called_a_copy(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], end: dict[str, Any]
+) -> None:
+    """It may be anybody's disk, or even the source itself."""
+    api.add("feed", {"state": State.CONCLUDED, "disk_size": 0, **end})
+    _, _, err = run(capsys, "mirror", "/a", "/b")
+    assert err.endswith(". Nothing was copied to /disks/b.raw\n")
+    assert "no whole copy" not in err
 
 
 def test_what_several_passes_copied_is_told_with_their_number(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +171,57 @@ def test_sigint_detaches_and_says_how_to_watch_again(api: FakeApi, json_option: 
     assert [path for _, path, _ in api.received] == ["/v1/jobs"]
 
 
+@pytest.mark.parametrize("json_option", [[], ["--json"]], ids=["text", "json"])
+def test_an_api_that_is_lost_ends_the_waiting_and_says_how_to_watch_again(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, json_option: list[str]
+) -> None:
+    monkeypatch.setattr("flushpoint.client.PATIENCE_S", 0.0)
+    api.add("feed", {"state": State.RUNNING})
+    api.lost_while_waiting = True
+    code, out, err = run(capsys, "mirror", "/a", "/b", *json_option)
+    assert code == 4
+    assert err.endswith("; job feed is not lost: watch it again with: flushpoint job feed --wait\n")
+    if json_option:
+        assert "flushpoint job feed --wait" in json.loads(out)["error"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("led", "workers", "says"),
+    [
+        (True, {}, "no worker is alive; start one with: flushpoint worker"),
+        (False, {"w": 2}, "no coordinator leads; start one with: flushpoint coordinator"),
+        (True, {"w": 2}, ""),
+    ],
+)
+def test_a_job_that_nobody_is_there_to_move_is_told_once(
+    api: FakeApi,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    led: bool,
+    workers: dict[str, int],
+    says: str,
+) -> None:
+    monkeypatch.setattr("flushpoint.cli.waiting.STANDSTILL_S", 0.0)
+    api.led, api.workers = led, workers
+    still = {"state": State.RUNNING, "units_ready": 1}
+    api.add("feed", still, still, still, still, DONE)
+    code, _, err = run(capsys, "mirror", "/a", "/b")
+    assert code == 0
+    assert err.count("\n") == (2 if says else 1)
+    assert err.startswith(f"flushpoint: job feed waits: {says}\n" if says else "flushpoint: job feed is done")
+
+
+@pytest.mark.parametrize("moves", [{"units_leased": 1}, {"state": State.PAUSED}])
+def test_a_job_that_is_worked_on_or_rests_asks_for_nobody(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, moves: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("flushpoint.cli.waiting.STANDSTILL_S", 0.0)
+    api.workers = {}
+    still = {"state": State.RUNNING, **moves}
+    api.add("feed", still, still, still, DONE)
+    assert "waits" not in run(capsys, "mirror", "/a", "/b")[2]
+
+
 @pytest.mark.parametrize(
     ("argv", "path", "body"),
     [
@@ -211,11 +283,54 @@ def test_a_state_that_does_not_follow_in_time_is_shown_with_what_was_asked_for(
     monkeypatch.setattr("flushpoint.cli.verbs.FOLLOW_S", 0.05)
     api.add("abcd01", {"state": State.RUNNING})
     assert run(capsys, "pause", "abc") == (0, "abcd01  running (pause asked for)\n", "")
-    refused = {"state": State.READY, "error": "the source still changes"}
-    api.add("abcd01", {**refused, "complete_requested": True}, refused)
-    code, out, err = run(capsys, "complete", "abc")
-    assert (code, out) == (0, "abcd01  ready\n")
-    assert err == "flushpoint: job abcd01 is ready, but was not completed: the source still changes\n"
+
+
+REFUSED = {
+    "state": State.READY,
+    "spec": {"source": "/a", "target": "/b", "auto_complete": False},
+    "error": "the source still changes. Stop its writer, then complete it again",
+    "error_code": "refused",
+}
+
+
+@pytest.mark.parametrize("argv", [["complete", "abc"], ["job", "abc", "--wait"]])
+def test_a_refused_complete_is_code_3_and_one_remedy(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    api.add("abcd01", {**REFUSED, "complete_requested": True, "error": "", "error_code": ""}, REFUSED)
+    code, out, err = run(capsys, *argv)
+    assert code == 3
+    assert out == ("abcd01  ready\n" if argv[0] == "complete" else "")
+    assert err == f"flushpoint: job abcd01 is ready, but was not completed: {REFUSED['error']}\n"
+    api.add("abcd01", REFUSED)
+    _, out, _ = run(capsys, *argv, "--json")
+    assert json.loads(out)["error_code"] == "refused"
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "says"),
+    [
+        ({}, 0, ""),
+        (
+            {"fatal": True, "error": "the target is full", "error_code": "io-error", "disk_size": 1},
+            1,
+            "flushpoint: job abcd01 failed: the target is full. /disks/b.raw is no whole copy\n",
+        ),
+    ],
+    ids=["done", "failed"],
+)
+def test_complete_waits_for_its_end_and_leaves_with_what_that_means(
+    api: FakeApi,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    end: dict[str, Any],
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.setattr("flushpoint.cli.verbs.FOLLOW_S", 0.0)
+    still = {"state": State.READY, "complete_requested": True}
+    api.add("abcd01", still, still, still, {**DONE, **end})
+    assert run(capsys, "complete", "abc") == (code, "abcd01  concluded\n", says)
 
 
 def test_an_ambiguous_beginning_is_a_usage_error(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,10 +342,14 @@ def test_an_ambiguous_beginning_is_a_usage_error(api: FakeApi, capsys: pytest.Ca
     assert api.received == []
 
 
-def test_a_whole_id_wins_over_what_it_begins(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
-    api.add("abcd")
+def test_a_whole_id_wins_over_what_it_begins_and_lists_no_jobs(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many have concluded."""
+    api.add("abcd", {"state": State.PAUSED})
     api.add("abcdef")
     assert run(capsys, "pause", "abcd")[0] == 0
+    assert api.listed == 0
 
 
 @pytest.mark.parametrize("command", ["job", "pause", "resume", "complete", "cancel", "finalize", "dismiss"])
@@ -337,6 +456,31 @@ def test_events_are_a_line_each(api: FakeApi, capsys: pytest.CaptureFixture[str]
     assert out.splitlines()[1].endswith('abc  BLOCK_JOB_ERROR  error="no space left"')
 
 
+def test_the_events_of_a_dismissed_job_are_shown(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.add("feed")
+    gone = {"id": "1-0", "time": 0.0, "event": "JOB_STATUS_CHANGE", "job": "dead", "data": {"status": "null"}}
+    api.events = [gone, {**gone, "id": "2-0", "job": "feed"}]
+    code, out, _ = run(capsys, "events", "--job", "dead", "--json")
+    assert (code, json.loads(out)) == (0, gone)
+    code, _, err = run(capsys, "events", "--job", "nobody")
+    assert (code, err) == (3, "flushpoint: there is no job nobody. See flushpoint jobs\n")
+
+
+@pytest.mark.parametrize("argv", [["events"], ["events", "--json"], ["jobs"], ["jobs", "--json"]])
+def test_a_reader_that_has_had_enough_is_no_failure(api: FakeApi, argv: list[str]) -> None:
+    api.add("feed")
+    event = {"id": "1-0", "time": 0.0, "event": "JOB_STATUS_CHANGE", "job": "feed", "data": {"status": "running"}}
+    api.events = [event] * 10
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        command = [sys.executable, "-P", "-m", "flushpoint", *argv]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("no_color", ["1", ""], ids=["NO_COLOR", "unset"])
 def test_no_color_means_no_escape_codes_even_on_a_terminal(api: FakeApi, no_color: str) -> None:
     """An empty variable counts as unset (no-color.org); then the bar shows that the test can see escape codes."""
@@ -365,6 +509,37 @@ def on_a_terminal(command: list[str], environ: dict[str, str]) -> bytes:
         return said
     finally:
         os.close(ours)
+
+
+@pytest.mark.parametrize("part", ["coordinator", "worker"])
+def test_a_part_says_as_json_which_process_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda path, command, environ: became.append(command))
+    code, out, _ = run(capsys, part, "--json")
+    assert (code, json.loads(out)) == (0, {"pid": os.getpid()})
+    assert became[0][-2:] == ["-m", "workers" if part == "worker" else part]
+
+
+def test_up_says_as_json_where_the_api_is_once_it_is_sure_to_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FLUSHPOINT_STATE_DIR", str(tmp_path))
+
+    def run_it(state: object, environ: object, announce: Callable[[], None]) -> int:
+        announce()
+        return 0
+
+    def refuse(*_: object) -> int:
+        raise RefusedError("an embedded stack already runs")
+
+    monkeypatch.setattr("flushpoint.supervisor.run", run_it)
+    code, out, _ = run(capsys, "up", "--json")
+    assert (code, json.loads(out)) == (0, {"api": f"unix://{tmp_path}/api.sock", "pid": os.getpid()})
+    monkeypatch.setattr("flushpoint.supervisor.run", refuse)
+    code, out, _ = run(capsys, "up", "--json")
+    assert (code, json.loads(out)["error"]["code"]) == (3, "refused")
 
 
 def test_version_and_help_are_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,7 @@ def test_dismiss_answers_nothing(face: Face) -> None:
 
 
 def test_health_names_the_workers(face: Face) -> None:
-    document = {"status": "ok", "version": "0.1.0", "leader": True, "workers": {"w1": 2}}
+    document = {"status": "ok", "version": "0.1.0", "leader": True, "led": True, "workers": {"w1": 2}, "warnings": []}
     assert face.call(Script([httpx.Response(200, json=document)]), "health") == Health.model_validate(document)
 
 
@@ -276,7 +276,22 @@ def test_every_request_has_a_timeout_longer_than_its_wait(face: Face) -> None:
     assert 29 < waiting["read"] <= 30
 
 
-@pytest.mark.parametrize("address", ["", "coordinator:7410", "unix://relative", "ftp://x", "http://"])
-def test_an_address_that_is_none_is_a_usage_error(address: str) -> None:
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "coordinator:7410",
+        "unix://relative",
+        "ftp://x",
+        "http://",
+        "http:///v1",
+        "http://host:port",
+        "http://host:99999",
+        "http://[::1",
+        "http://a..b",
+    ],
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_address_that_is_none_is_a_usage_error(kind: type[Client | AsyncClient], address: str) -> None:
     with pytest.raises(UsageError, match="FLUSHPOINT_API"):
-        Client(address)
+        kind(address)

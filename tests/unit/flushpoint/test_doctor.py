@@ -9,7 +9,7 @@ import pytest
 
 from flushpoint import diagnosis, supervisor
 from flushpoint.cli import main
-from tests.unit.flushpoint.fake_api import UNCONNECTED_SOCKET_LEAKS
+from tests.unit.flushpoint.fake_api import UNCONNECTED_SOCKET_LEAKS, FakeApi
 
 FAKE_VERSION = '#!/bin/sh\necho "$(basename $0) version 9.9"\n'
 
@@ -91,3 +91,39 @@ def test_an_api_that_was_named_and_is_away_fails(
     monkeypatch.setenv("FLUSHPOINT_API", "unix:///nonexistent/api.sock")
     code, checks, _ = findings(capsys)
     assert (code, checks["API"]["ok"], checks["API"]["required"]) == (1, False, True)
+
+
+@pytest.mark.parametrize(
+    ("led", "workers", "lacks", "detail"),
+    [
+        (True, {"w": 2}, set(), "1 worker with 2 slots"),
+        (True, {"v": 1, "w": 0}, set(), "2 workers with 1 slot"),
+        (True, {}, {"workers"}, "0 workers with 0 slots"),
+        (False, {"w": 1}, {"coordinator"}, "1 worker with 1 slot"),
+    ],
+)
+def test_a_deployment_that_cannot_move_a_job_fails(
+    programs: Path,
+    api: FakeApi,
+    capsys: pytest.CaptureFixture[str],
+    led: bool,
+    workers: dict[str, int],
+    lacks: set[str],
+    detail: str,
+) -> None:
+    api.led, api.workers = led, workers
+    code, checks, _ = findings(capsys)
+    assert {name for name, check in checks.items() if check["required"] and not check["ok"]} == lacks
+    assert code == (1 if lacks else 0)
+    assert checks["workers"]["detail"] == detail
+    assert checks["workers"]["remedy"] == "start one with: flushpoint worker"
+
+
+def test_a_ledger_that_may_lose_jobs_is_told_of_and_does_not_fail(
+    programs: Path, api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.warnings = ["the ledger's server: it forgets jobs when it restarts (appendonly no): set appendonly yes"]
+    code, checks, _ = findings(capsys)
+    assert (code, checks["ledger"]["ok"], checks["ledger"]["detail"]) == (0, False, api.warnings[0])
+    api.warnings = []
+    assert findings(capsys)[1]["ledger"]["ok"]

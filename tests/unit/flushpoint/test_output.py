@@ -34,7 +34,10 @@ def test_what_is_not_planned_yet_is_expected_to_be_as_full_as_what_is() -> None:
 def test_a_disk_without_data_is_done_when_it_is_concluded() -> None:
     job = JobView(id="a", spec=SPEC, disk_size=1000, plan_done=True)
     assert output.progress_text(job) == "-"
-    assert output.progress_text(job.model_copy(update={"state": State.CONCLUDED})) == "100%"
+    concluded = job.model_copy(update={"state": State.CONCLUDED})
+    assert output.progress_text(concluded) == "100%"
+    for given_up in ({"cancel_requested": "soft"}, {"fatal": True}):
+        assert output.progress_text(concluded.model_copy(update=given_up)) == "-"
 
 
 @pytest.mark.parametrize("state", [State.PAUSED, State.STANDBY])

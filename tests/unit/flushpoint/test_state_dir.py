@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.model.errors import RefusedError, UnavailableError, UsageError
+from coordinator.settings import load_settings
 from flushpoint import embedded, supervisor
 from flushpoint.embedded import StateDir, locked, state_dir, supervisor_pid
 
@@ -87,7 +88,7 @@ def test_a_second_supervisor_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     tmp_path.chmod(0o700)
     state = StateDir(tmp_path)
     with locked(state.supervisor_lock, 0), pytest.raises(RefusedError, match="flushpoint down"):
-        supervisor.run(state, {})
+        supervisor.run(state, {}, lambda: None)
 
 
 def test_a_dead_socket_does_not_answer(tmp_path: Path) -> None:
@@ -104,5 +105,19 @@ def test_the_parts_get_this_stacks_addresses_and_keep_the_users_limits() -> None
     assert environ["FLUSHPOINT_BROKER_URL"] == "redis+socket:///s%20p/valkey.sock?virtual_host=1"
     assert environ["FLUSHPOINT_API_SOCKET"] == "/s p/api.sock"
     assert environ["FLUSHPOINT_ALLOWED_ROOTS"] == '["/d"]'
-    assert environ["FLUSHPOINT_ALLOWED_ENDPOINTS"] == '["*"]'
-    assert environ["FLUSHPOINT_WORKER_SLOTS"] == "2"
+
+
+def test_the_stacks_defaults_lie_below_the_file_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f.toml").write_text('allowed_roots = ["/d"]\nworker_slots = 3\n')
+    monkeypatch.chdir(tmp_path)
+    chosen = {"FLUSHPOINT_CONFIG": "f.toml", "FLUSHPOINT_DEPTH": "4"}
+    environ = supervisor.environment(StateDir(Path("/s")), chosen)
+    monkeypatch.chdir("/")  # as the parts do
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert (settings.allowed_roots, settings.worker_slots, settings.depth) == (("/d",), 3, 4)
+    assert settings.allowed_endpoints == ("*",)
+    assert settings.api_socket == "/s/api.sock"

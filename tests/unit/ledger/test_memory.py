@@ -6,7 +6,8 @@ import pytest
 
 from coordinator.ledger import Finished, MemoryLedger, NewUnit, Term
 from coordinator.model.extent import Extent, Status
-from coordinator.model.job import JobSpec, State
+from coordinator.model.job import JobRecord, JobSpec, State
+from coordinator.model.progress import RATE_WINDOW_S, eta_of, rate_of
 from coordinator.model.units import PlannedUnit, UnitKind
 
 SPEC = JobSpec(source="/a", target="/b")
@@ -30,8 +31,8 @@ def ledger(clock: Clock) -> MemoryLedger:
     return MemoryLedger(clock)
 
 
-def plan(ledger: MemoryLedger) -> Term:
-    """One copy unit is ready."""
+def plan(ledger: MemoryLedger, size: int = 10) -> Term:
+    """One copy unit of `size` bytes is ready."""
     term = ledger.lead("leader", 10_000)
     assert term is not None
     ledger.adopt_run(term, 0)
@@ -39,8 +40,8 @@ def plan(ledger: MemoryLedger) -> Term:
     ledger.update("job", 1, {"state": State.RUNNING}, new_unit=NewUnit(UnitKind.PLAN, 1))
     claim = ledger.claim("worker", "plan", 1000)
     assert claim is not None
-    unit = PlannedUnit(0, 10, (Extent(0, 10, Status.DATA),))
-    assert ledger.add_units("job", claim.unit_id, "plan", UnitKind.COPY, 0, 10, [unit])
+    unit = PlannedUnit(0, size, (Extent(0, size, Status.DATA),))
+    assert ledger.add_units("job", claim.unit_id, "plan", UnitKind.COPY, 0, size, [unit])
     assert ledger.finish("job", claim.unit_id, "plan") is Finished.DONE
     return term
 
@@ -101,3 +102,91 @@ def test_speed_changed_by_a_take_counts_from_that_take(ledger: MemoryLedger, clo
     assert ledger.take("job", 1100, 100, 1000) == 1000
     clock.now_s += 0.5  # at 100 bytes/s: 50 bytes of the debt are paid
     assert ledger.take("job", 0, 1000, 1000) == 50
+
+
+def mover(ledger: MemoryLedger, clock: Clock, seconds: int, bytes_per_s: int) -> JobRecord:
+    """One that reports each second, as a mover that is at its slice's end does; the job as it is then."""
+    claim = ledger.claim("worker", f"{clock.now_s}", 10**9)
+    assert claim is not None
+    for _ in range(seconds):
+        clock.now_s += 1
+        assert ledger.release(
+            "job",
+            claim.unit_id,
+            claim.token,
+            remaining=claim.extents,
+            done_bytes=bytes_per_s,
+            bytes_read=bytes_per_s,
+            bytes_sent=bytes_per_s,
+            count_attempt=False,
+        )
+        claim = ledger.claim("worker", f"{clock.now_s}", 10**9)
+        assert claim is not None
+    ledger.release(
+        "job",
+        claim.unit_id,
+        claim.token,
+        remaining=claim.extents,
+        done_bytes=0,
+        bytes_read=0,
+        bytes_sent=0,
+        count_attempt=False,
+    )
+    return ledger.job("job").job
+
+
+@pytest.fixture
+def copying(ledger: MemoryLedger, clock: Clock) -> JobRecord:
+    """After a minute of 10 MB/s of a job of one GB."""
+    plan(ledger, 10**9)
+    job = mover(ledger, clock, 60, 10**7)
+    assert rate_of(job, clock.now_s) == pytest.approx(10**7)
+    assert eta_of(job, clock.now_s) == pytest.approx(40)
+    return job
+
+
+def change(ledger: MemoryLedger, **changes: object) -> None:
+    ledger.update("job", ledger.job("job").version, changes)
+
+
+@pytest.mark.usefixtures("copying")
+def test_a_pause_counts_neither_for_the_rate_nor_for_the_eta(ledger: MemoryLedger, clock: Clock) -> None:
+    change(ledger, state=State.PAUSED)
+    clock.now_s += 3600
+    assert rate_of(ledger.job("job").job, clock.now_s) == 0
+    change(ledger, state=State.RUNNING)
+    assert eta_of(ledger.job("job").job, clock.now_s) is None
+    job = mover(ledger, clock, 1, 10**7)
+    assert rate_of(job, clock.now_s) == pytest.approx(10**7)
+    assert eta_of(job, clock.now_s) == pytest.approx(39)
+    change(ledger, state=State.CONCLUDED, concluded_at=clock.now_s)
+    assert rate_of(ledger.job("job").job, clock.now_s) == pytest.approx(10**7), "of the time in which it copied"
+
+
+@pytest.mark.usefixtures("copying")
+@pytest.mark.parametrize("speed", [10**6, 10**8])
+def test_a_changed_speed_is_followed_by_the_eta_with_the_next_units(
+    ledger: MemoryLedger, clock: Clock, speed: int
+) -> None:
+    change(ledger, speed=speed)
+    job = mover(ledger, clock, 2, speed)
+    assert rate_of(job, clock.now_s) == pytest.approx(speed)
+    assert eta_of(job, clock.now_s) == pytest.approx((job.len - job.offset) / speed)
+
+
+@pytest.mark.usefixtures("copying")
+def test_what_was_under_way_when_the_speed_changed_is_forgotten_within_two_windows(
+    ledger: MemoryLedger, clock: Clock
+) -> None:
+    change(ledger, speed=10**6)
+    mover(ledger, clock, 1, 3 * 10**7)  # a slice at the old speed
+    job = mover(ledger, clock, int(2 * RATE_WINDOW_S), 10**6)
+    assert rate_of(job, clock.now_s) == pytest.approx(10**6)
+
+
+@pytest.mark.usefixtures("copying")
+def test_a_peer_that_becomes_slow_is_followed_within_two_windows(ledger: MemoryLedger, clock: Clock) -> None:
+    job = mover(ledger, clock, int(2 * RATE_WINDOW_S), 10**6)
+    assert rate_of(job, clock.now_s) == pytest.approx(10**6)
+    clock.now_s += 1000
+    assert rate_of(job, clock.now_s) < 10**4, "one that says nothing any more"

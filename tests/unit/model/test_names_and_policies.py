@@ -8,8 +8,15 @@ import pytest
 
 from coordinator.model.errors import Side, UsageError
 from coordinator.model.job import ErrorPolicy, IoStatus, JobRecord, JobSpec, State, parse_bytes
-from coordinator.model.policy import Action, act_on_error, io_status_after, policy_of, status_field
-from coordinator.model.progress import eta_of, rate_of
+from coordinator.model.policy import (
+    Action,
+    act_on_error,
+    act_on_quarantine,
+    io_status_after,
+    policy_of,
+    status_field,
+)
+from coordinator.model.progress import RATE_WINDOW_S, eta_of, rate_of
 from coordinator.model.uri import DiskUri, absolute, parse
 
 
@@ -147,37 +154,73 @@ def test_dirty_and_bitmap_go_together() -> None:
         JobSpec.model_validate({"source": "/s", "target": "/t", "bitmap": "b"})
 
 
+def advancing(**fields: object) -> JobRecord:
+    """At 110 it has done 100 bytes since 100."""
+    given = {
+        "state": State.RUNNING,
+        "rate_from_at": 100,
+        "progress_at": 110,
+        "disk_size": 1000,
+        "plan_cursor": 1000,
+        "plan_done": True,
+        "len": 500,
+        "offset": 100,
+        **fields,
+    }
+    return JobRecord.model_validate({"id": "j", "spec": JobSpec(source="/s", target="/t"), **given})
+
+
 def test_eta_counts_what_is_not_planned_yet() -> None:
-    job = JobRecord(
-        id="j",
-        spec=JobSpec(source="/s", target="/t"),
-        state=State.RUNNING,
-        started_at=100,
-        disk_size=1000,
-        plan_cursor=500,
-        len=500,
-        offset=100,
-    )
-    assert rate_of(job, 110) == 10
-    assert eta_of(job, 110) == 90
-    assert eta_of(job.model_copy(update={"plan_cursor": 1000, "plan_done": True}), 110) == 40
-    assert eta_of(job.model_copy(update={"started_at": 0}), 110) is None
+    assert rate_of(advancing(), 110) == 10
+    assert eta_of(advancing(), 110) == 40
+    assert eta_of(advancing(plan_cursor=500, plan_done=False), 110) == 90
+
+
+def test_without_progress_nobody_knows_when_it_ends() -> None:
+    assert eta_of(advancing(rate_from_at=110), 110 + RATE_WINDOW_S) is None
+    assert eta_of(advancing(rate_from_offset=100), 111) is None
+
+
+def test_between_two_units_a_job_gets_no_slower_and_after_a_window_it_does() -> None:
+    assert rate_of(advancing(), 110 + RATE_WINDOW_S) == 10
+    assert rate_of(advancing(), 120 + RATE_WINDOW_S) == 5
+
+
+def test_units_that_are_done_again_make_no_negative_rate() -> None:
+    assert rate_of(advancing(rate_from_offset=400), 110) == 0
+
+
+def test_a_concluded_job_has_the_rate_of_its_active_time() -> None:
+    ended = {"state": State.CONCLUDED, "started_at": 100, "concluded_at": 3700, "active_s": 20}
+    assert rate_of(advancing(**ended), 9999) == 5
+    assert rate_of(advancing(**{**ended, "active_s": 0, "offset": 0}), 9999) == 0
 
 
 @pytest.mark.parametrize("state", State)
-def test_a_rest_has_no_rate_and_only_what_goes_on_has_an_eta(state: State) -> None:
-    job = JobRecord(
-        id="j",
-        spec=JobSpec(source="/s", target="/t"),
-        state=state,
-        started_at=100,
-        concluded_at=120 if state is State.CONCLUDED else 0,
-        disk_size=1000,
-        plan_cursor=1000,
-        plan_done=True,
-        len=500,
-        offset=100,
-    )
-    rates = {State.PAUSED: 0, State.STANDBY: 0, State.CONCLUDED: 5}
-    assert rate_of(job, 110) == rates.get(state, 10)
-    assert (eta_of(job, 110) is not None) == (state in (State.RUNNING, State.READY, State.WAITING))
+def test_only_what_goes_on_has_a_rate_and_an_eta(state: State) -> None:
+    goes_on = state in (State.RUNNING, State.READY, State.WAITING)
+    assert rate_of(advancing(state=state), 110) == (10 if goes_on else 0)
+    assert (eta_of(advancing(state=state), 110) is not None) == goes_on
+
+
+R, I, S, E = ErrorPolicy.REPORT, ErrorPolicy.IGNORE, ErrorPolicy.STOP, ErrorPolicy.ENOSPC  # noqa: E741
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "errors", "action"),
+    [
+        (R, R, [""], Action.REPORT),
+        (S, R, [""], Action.STOP),
+        (R, S, ["", "EIO"], Action.STOP),
+        (E, R, [""], Action.STOP),
+        (I, E, [""], Action.STOP),
+        (I, S, ["EIO"], Action.IGNORE),
+        (I, R, [""], Action.IGNORE),
+        (I, I, ["EIO"], Action.IGNORE),
+    ],
+)
+def test_given_up_units_ask_both_policies_unless_their_holder_could_tell_what_failed(
+    source: ErrorPolicy, target: ErrorPolicy, errors: list[str], action: Action
+) -> None:
+    spec = JobSpec(source="/s", target="/t", on_source_error=source, on_target_error=target)
+    assert act_on_quarantine(spec, errors) is action

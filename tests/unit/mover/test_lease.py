@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,11 +14,11 @@ import pytest
 from coordinator.ledger import MemoryLedger
 from coordinator.model.errors import UnavailableError
 from coordinator.model.units import Claim, Directive, UnitKind
-from workers.mover.lease import Halt, Lease, LeaseLostError
+from workers.mover.lease import AbortedError, Halt, Lease, LeaseLostError
 
 
 def claim(lease_ms: int) -> Claim:
-    return Claim("j", "u", UnitKind.COPY, 1, "token", lease_ms, 0, 1, "", 0, 0)
+    return Claim("j", "u", UnitKind.COPY, 1, "token", lease_ms, 0, 1, "", 0, 0, rewrite=False)
 
 
 class Renewals(MemoryLedger):
@@ -59,6 +60,37 @@ def test_a_pause_halts_a_mover_that_keeps_its_lease() -> None:
     with lease_over(Renewals(HELD, Directive(held=True, run=False, speed=0))) as lease:
         assert wait_for_halt(lease) is Halt.YIELD
         lease.assert_held()
+
+
+def test_a_cancel_by_force_breaks_off_what_the_mover_waits_for_and_keeps_its_lease() -> None:
+    broken_off = threading.Event()
+    by_force = Directive(held=True, run=False, speed=0, force=True)
+    with Lease(
+        Renewals(HELD, by_force), claim(60_000), 0.01, time.monotonic(), 0, lambda: False, broken_off.set
+    ) as lease:
+        assert broken_off.wait(5)
+        assert lease.halt is Halt.ABORT
+        with pytest.raises(AbortedError):
+            lease.assert_held()
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0  # it may still be writing to a file
+
+
+def test_nothing_is_broken_off_once_the_work_is_over() -> None:
+    """The answer to a renewal comes late: by then the disks may be another unit's."""
+    asked, answer, broken_off = threading.Event(), threading.Event(), threading.Event()
+
+    class Late(MemoryLedger):
+        def renew(self, job_id: str, unit_id: str, token: str, lease_ms: int) -> Directive:
+            asked.set()
+            assert answer.wait(5)
+            return Directive(held=True, run=False, speed=0, force=True)
+
+    lease = Lease(Late(), claim(60_000), 0.01, time.monotonic(), 0, lambda: False, broken_off.set)
+    with lease:
+        assert asked.wait(5)
+    answer.set()
+    lease._thread.join(5)
+    assert not broken_off.is_set()
 
 
 def test_a_closing_worker_halts_its_movers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 
@@ -10,8 +11,9 @@ import pytest
 from coordinator.ledger import DeposedError, Finished, MemoryLedger
 from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.extent import Extent, Status
-from coordinator.model.job import JobSpec, State
+from coordinator.model.job import JobSpec, State, Verb
 from coordinator.model.messages import Doorbell
+from coordinator.model.step import VerbArguments, apply_verb
 from coordinator.model.units import UnitKind, plan_units
 from coordinator.service.control import ControlLoop
 from coordinator.service.dispatcher import BELLS_PER_SLOT, Dispatcher
@@ -26,12 +28,12 @@ class Bench:
 
     def __init__(self, ledger: MemoryLedger) -> None:
         self.ledger = ledger
-        self.settings = Settings(cycle_s=0.01, leader_ttl_s=5)
+        self.settings = Settings(cycle_s=0.01, leader_ttl_s=5, keep_concluded=100)
         self.bells: list[Doorbell] = []
         self.control = self.another()
 
     def another(self) -> ControlLoop:
-        return ControlLoop(self.ledger, self.settings, Dispatcher(self.ledger, self.settings, self.bells.append))
+        return ControlLoop(self.ledger, self.settings, Dispatcher(self.ledger, self.settings, self.bells.append).top_up)
 
     def cycles(self, count: int = 4) -> list[str]:
         return [sentence for _ in range(count) for sentence in self.control.cycle()]
@@ -71,6 +73,62 @@ def test_a_job_is_driven_from_created_to_concluded(bench: Bench) -> None:
     job = bench.ledger.job("j").job
     assert job.state is State.CONCLUDED
     assert job.len == job.offset == 100
+
+
+def lose_workers(bench: Bench) -> None:
+    """Whoever claims a unit dies, until the job does not run any more."""
+    for _ in range(200):  # many a cycle waits for a wake-up and reaps nothing
+        bench.ledger.claim("m", secrets.token_hex(4), 0)
+        bench.control.cycle()
+        if bench.ledger.job("j").job.state in (State.PAUSED, State.CONCLUDED):
+            return
+
+
+def planned(bench: Bench, **spec: str) -> None:
+    """A running job with one copy unit of 100 bytes."""
+    bench.ledger.submit("j", JobSpec.model_validate({**SPEC.model_dump(), **spec}))
+    bench.cycles()
+    plan = bench.ledger.claim("m", "plan", LEASE_MS)
+    assert plan is not None
+    bench.ledger.opened("j", plan.unit_id, "plan", {"disk_size": 100, "max_writers": 0})
+    units = list(plan_units([Extent(0, 100, Status.DATA)], 100))
+    assert bench.ledger.add_units("j", plan.unit_id, "plan", UnitKind.COPY, 0, 100, units)
+    assert bench.ledger.finish("j", plan.unit_id, "plan") is Finished.DONE
+
+
+def test_units_whose_workers_keep_dying_fail_a_job_that_reports_errors(bench: Bench) -> None:
+    planned(bench)
+    lose_workers(bench)
+    job = bench.ledger.job("j").job
+    assert job.state is State.CONCLUDED
+    assert job.error.startswith("1 work unit was given up after 5 attempts (100 bytes at 0). The last attempt ended")
+
+
+def test_units_whose_workers_keep_dying_pause_a_job_that_stops_on_errors_until_it_is_resumed(bench: Bench) -> None:
+    planned(bench, on_target_error="stop")
+    lose_workers(bench)
+    found = bench.ledger.job("j")
+    assert (found.job.state, found.job.target_io_status) == (State.PAUSED, "failed")
+    resume = apply_verb(found.job, Verb.RESUME, VerbArguments())
+    bench.ledger.update("j", found.version, resume.changes, retry_quarantined=resume.retry_quarantined)
+    for _ in range(4):
+        copy_everything(bench.ledger)
+        bench.cycles()
+    job = bench.ledger.job("j").job
+    assert (job.state, job.error, job.offset) == (State.CONCLUDED, "", 100)
+
+
+def test_of_concluded_jobs_the_newest_are_kept_and_the_others_are_dismissed(bench: Bench) -> None:
+    for n in range(bench.settings.keep_concluded + 2):
+        bench.ledger.submit(f"j{n}", SPEC)
+        bench.ledger.update(f"j{n}", 1, {"state": State.CONCLUDED})
+    bench.ledger.submit("active", SPEC)
+    sentences = bench.cycles(1)
+    keep = bench.settings.keep_concluded
+    assert sentences[-2:] == [f"job j{n} is dismissed: {keep} have concluded after it" for n in (0, 1)]
+    left = {job.id for job in bench.ledger.jobs(limit=1000)}
+    assert left == {"active", *(f"j{n}" for n in range(2, keep + 2))}
+    assert [event["data"] for event in bench.ledger.events(job_id="j0")][-1] == {"status": "null"}
 
 
 def test_a_second_coordinator_only_watches(bench: Bench) -> None:
@@ -121,7 +179,7 @@ def test_a_broker_that_is_away_stops_no_decision(bench: Bench) -> None:
     def refuse(bell: Doorbell) -> None:
         raise UnavailableError("no broker")
 
-    control = ControlLoop(bench.ledger, bench.settings, Dispatcher(bench.ledger, bench.settings, refuse))
+    control = ControlLoop(bench.ledger, bench.settings, Dispatcher(bench.ledger, bench.settings, refuse).top_up)
     bench.ledger.submit("j", SPEC)
     with pytest.raises(UnavailableError):
         control.cycle()

@@ -13,7 +13,9 @@ from workers.sources.blockstatus import (
     BITMAP,
     DEPTH,
     MAX_STATUS_BYTES,
+    WholeBlockStatus,
     allocation,
+    in_whole_blocks,
     selected,
     selected_with_zeroes,
     walk,
@@ -136,3 +138,59 @@ def test_the_intersection_says_of_every_byte_what_the_contexts_say(
         for i in range(offset, offset + length)
         if dirty_flags[i] & 1
     }
+
+
+# -- servers with a minimum block size --------------------------------------------------------------------------
+
+UNIT = 8
+"""The minimum block size of the servers below."""
+
+
+class StrictServer(Server):
+    """Refuses questions that are not whole blocks."""
+
+    def block_status(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
+        assert offset % UNIT == length % UNIT == 0
+        return super().block_status(context, offset, length)
+
+
+@given(runs=runs, most=st.integers(UNIT, 2 * UNIT), overshoots=st.booleans(), data=st.data())
+def test_whole_blocks_are_asked_for_and_the_answer_is_that_of_the_range(
+    runs: list[tuple[int, int]], most: int, overshoots: bool, data: st.DataObject
+) -> None:
+    flags = [f for n, f in runs for _ in range(n)]
+    flags += [0] * (-len(flags) % UNIT)
+    server = StrictServer({ALLOCATION: [(1, f) for f in flags]}, most, overshoots)
+    offset = data.draw(st.integers(0, len(flags) - 1))
+    length = data.draw(st.integers(1, len(flags) - offset))
+    found = [f for _, run, f in walk(WholeBlockStatus(server, UNIT), ALLOCATION, offset, length) for _ in range(run)]
+    assert found == flags[offset : offset + length]
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.sampled_from([*Status, None])), max_size=20))
+def test_data_is_rounded_to_whole_blocks_and_zeroes_give_way(runs: list[tuple[int, Status | None]]) -> None:
+    """None: not selected by a bitmap."""
+    before: dict[int, Status] = {}
+    extents = []
+    at = 0
+    for length, status in runs:
+        if status is not None:
+            extents.append(Extent(at, length, status))
+            before.update(dict.fromkeys(range(at, at + length), status))
+        at += length
+    after: dict[int, Status] = {}
+    end = 0
+    for extent in in_whole_blocks(extents, UNIT):
+        assert extent.offset >= end
+        assert extent.length > 0
+        end = extent.end
+        if not extent.reads_as_zeroes:
+            assert extent.offset % UNIT == extent.end % UNIT == 0
+        after.update(dict.fromkeys(range(extent.offset, extent.end), extent.status))
+    zeroes = (Status.ZERO, Status.HOLE)
+    with_data = {byte // UNIT for byte, status in before.items() if status not in zeroes}
+    for byte in range(end + UNIT):
+        if byte // UNIT in with_data:
+            assert after[byte] not in zeroes
+        else:
+            assert after.get(byte) == before.get(byte)

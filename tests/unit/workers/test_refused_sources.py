@@ -86,7 +86,9 @@ class TestBadInputs:
 
     def test_a_bitmap_of_a_raw_file_is_refused(self, tmp_path: Path, access: Access) -> None:
         path = make_raw(tmp_path / "disk.img", b"x")
-        assert "--sync incremental" in refused(access, path, Sync.DIRTY, "b0").remedy
+        remedy = refused(access, path, Sync.DIRTY, "b0").remedy
+        assert "qcow2 image or an NBD export" in remedy
+        assert "--sync incremental" in remedy
 
     @needs_qemu
     def test_a_missing_bitmap_is_not_found_and_the_others_are_named(self, tmp_path: Path, access: Access) -> None:

@@ -20,6 +20,7 @@ from tests.contract.disks import (
     serving,
     small_tmpfs,
 )
+from tests.volatile_server import NO_FLUSH, volatile_server
 from workers.access import Access
 from workers.sources import open_source
 from workers.targets import Target, open_target
@@ -63,8 +64,17 @@ class TestRefused:
             with pytest.raises(RefusedError, match="cannot be written"):
                 make(parse(f"{mounted}/disk.img"), MIB, access_to(tmp_path))
 
+    @pytest.mark.needs("losetup", "qemu-img")
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_a_device_as_a_qcow2_image(self, tmp_path: Path, access: Access, keep: bool) -> None:
+        with loop_device(make_raw(tmp_path / "loop.img", b"x" * MIB)) as device:
+            with pytest.raises(RefusedError, match="block device"):
+                make(parse(f"file://{device}?format=qcow2"), MIB, access, overwrite=True, keep=keep)
+            assert device.read_bytes() == b"x" * MIB
+
     @pytest.mark.needs("losetup")
-    def test_a_device_with_a_mounted_file_system(self, tmp_path: Path, access: Access) -> None:
+    @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+    def test_a_device_with_a_mounted_file_system(self, tmp_path: Path, access: Access, image_format: str) -> None:
         image = make_raw(tmp_path / "loop.img", bytes(4 * MIB))
         mount_point = tmp_path / "mounted"
         mount_point.mkdir()
@@ -74,10 +84,31 @@ class TestRefused:
                 pytest.skip("no mkfs.ext4")
             run("mount", str(device), str(mount_point))
             try:
-                with pytest.raises(RefusedError, match="mounted"):
-                    make(parse(str(device)), MIB, access)
+                before = device.read_bytes()
+                with pytest.raises(RefusedError, match=r"mounted|block device"):
+                    make(parse(f"file://{device}?format={image_format}"), MIB, access, overwrite=True)
+                assert device.read_bytes() == before
             finally:
                 run("umount", str(mount_point))
+
+    def test_an_export_that_cannot_be_flushed(self, tmp_path: Path, access: Access) -> None:
+        with (
+            volatile_server(tmp_path / "s", MIB, flags=NO_FLUSH) as server,
+            pytest.raises(RefusedError, match="no flush"),
+        ):
+            make(parse(server.uri), MIB, access)
+
+    @needs_qemu
+    @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+    def test_a_file_that_a_qemu_process_reads(self, image_format: str, tmp_path: Path, access: Access) -> None:
+        path = tmp_path / f"disk.{image_format}"
+        run("qemu-img", "create", "-q", "-f", image_format, str(path), "1M")
+        before = path.read_bytes()
+        with serving(tmp_path / "s", "qemu-nbd", "-t", "-e", "0", "-r", "-f", image_format, str(path)):
+            open_source(nbd_uri(tmp_path / "s"), Sync.FULL, None, access).close()
+            with pytest.raises(RefusedError, match="open in a QEMU process"):
+                make(parse(str(path)), 2 * MIB, access, overwrite=True)
+        assert path.read_bytes() == before
 
     @needs_qemu
     @pytest.mark.parametrize("image_format", ["raw", "qcow2"])

@@ -1,0 +1,256 @@
+"""Recovery points: list them, restore, verify, serve and prune."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coordinator.model.errors import NotFoundError, UsageError
+from coordinator.model.job import JobSpec, Sync
+from coordinator.model.point import Decision, Retention
+from coordinator.model.repository_uri import LATEST, RepositoryUri, parse_repository
+from coordinator.model.task import RepositoryTask, TaskKind
+from coordinator.model.uri import NOWHERE, absolute
+from coordinator.model.view import JobView
+from flushpoint.cli import output, session, waiting
+
+RepositoryOption = Annotated[
+    str,
+    typer.Option(
+        "--repository",
+        "-r",
+        envvar="FLUSHPOINT_REPOSITORY",
+        metavar="URI",
+        help="Where the points are: s3://bucket/prefix or repo+file:///dir; ?key=file:/… if it is encrypted.",
+    ),
+]
+PointArgument = Annotated[str, typer.Argument(metavar="GROUP[@POINT]", help="A point; without @POINT the newest.")]
+DiskOption = Annotated[str, typer.Option("--disk", metavar="VM/DISK", help="Only this disk of the point.")]
+_ENDINGS = {"raw": "raw", "qcow2": "qcow2"}
+
+
+def register(app: typer.Typer) -> None:
+    for command in (points, restore, verify, serve, prune):
+        app.command()(command)
+
+
+def points(
+    group: Annotated[str, typer.Argument(help="The group, or the name a single disk was mirrored by.")],
+    repository: RepositoryOption,
+    as_json: output.JsonOption = False,
+) -> None:
+    """List the recovery points of a group, oldest first."""
+    found = _points_of(parse_repository(repository), group)
+    if as_json:
+        print(json.dumps([point.model_dump(mode="json") for point in found]))
+        return
+    head = ("POINT", "AGE", "CONSISTENCY", "DISKS", "SIZE", "STORED", "HOW")
+    rows = [
+        (
+            str(point.epoch),
+            output.duration_text(max(0.0, time.time() - point.cut_at)),
+            point.consistency,
+            str(len(point.members)),
+            output.size_text(sum(m.size for m in point.members)),
+            output.size_text(sum(m.bytes_sent for m in point.members)),
+            ", ".join(dict.fromkeys(m.sync for m in point.members)),
+        )
+        for point in found
+    ]
+    print(output.table([head, *rows]))
+
+
+def restore(
+    point: PointArgument,
+    to: Annotated[
+        list[str],
+        typer.Option("--to", metavar="PLACE", help="A directory, a disk's name or URI, or VM/DISK=PLACE for each."),
+    ],
+    repository: RepositoryOption,
+    disk: DiskOption = "",
+    image_format: Annotated[str, typer.Option("--format", help="Of files made in a directory: raw or qcow2.")] = "raw",
+    update: Annotated[
+        bool, typer.Option("--update", help="The targets hold older data: read it and write only what differs.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Existing files may be overwritten.")] = False,
+    speed: Annotated[str, typer.Option(metavar="RATE", help="Bytes per second for each disk.")] = "0",
+    as_json: output.JsonOption = False,
+) -> None:
+    """Copy the disks of a recovery point back, checking the digest of every block on the way."""
+    from flushpoint.cli.mirror import parse_rate
+
+    if image_format not in _ENDINGS:
+        raise UsageError(f"{image_format!r} is no format of a file", "write raw or qcow2")
+    uri, chosen = _chosen(repository, point, disk)
+    places = _places(to, [m.disk for m in chosen.members if disk in ("", m.disk)], image_format)
+    specs = [
+        JobSpec(
+            source=str(replace(uri, disk=name)),
+            target=place,
+            sync=Sync.INCREMENTAL if update else Sync.FULL,
+            overwrite=overwrite,
+            speed=parse_rate(speed),
+        )
+        for name, place in places.items()
+    ]
+    _run_all(specs, as_json)
+
+
+def verify(
+    point: PointArgument, repository: RepositoryOption, disk: DiskOption = "", as_json: output.JsonOption = False
+) -> None:
+    """Read every block of a recovery point and compare it with its digest. Exit code 5: damage was found."""
+    uri, chosen = _chosen(repository, point, disk)
+    names = [m.disk for m in chosen.members if disk in ("", m.disk)]
+    _run_all([JobSpec(source=str(replace(uri, disk=name)), target=NOWHERE) for name in names], as_json)
+
+
+def serve(
+    point: PointArgument,
+    repository: RepositoryOption,
+    disk: DiskOption = "",
+    socket: Annotated[str, typer.Option(metavar="PATH", help="Unix socket to listen on; else one is made.")] = "",
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="TCP address to listen on instead.")] = "",
+    writable: Annotated[
+        str, typer.Option(metavar="DIR", help="Take writes too, into an overlay in DIR; the point stays as it is.")
+    ] = "",
+) -> None:
+    """Offer the disks of a recovery point as NBD exports, at once, until interrupted. Needs no coordinator."""
+    from flushpoint.supervisor import DEFAULTS
+
+    group, number = _parsed(point)
+    uri = str(replace(parse_repository(repository), group=group, point=number))
+    here = Path.cwd()
+    options = [
+        *(("--disk", disk) if disk else ()),
+        *(("--socket", str(here / socket)) if socket else ()),
+        *(("--listen", listen) if listen else ()),
+        *(("--writable", str(here / writable)) if writable else ()),
+    ]
+    # The parts are run by their commands; -P, so that the directory it is started in shadows no module.
+    command = [sys.executable, "-P", "-m", "workers.repository.serve", uri, *options]
+    os.execve(sys.executable, command, {"FLUSHPOINT_DEFAULTS": json.dumps(DEFAULTS), **os.environ})
+
+
+def prune(
+    group: Annotated[str, typer.Argument(help="The group.")],
+    repository: RepositoryOption,
+    keep_last: Annotated[int, typer.Option(min=0)] = 0,
+    keep_hourly: Annotated[int, typer.Option(min=0)] = 0,
+    keep_daily: Annotated[int, typer.Option(min=0)] = 0,
+    keep_weekly: Annotated[int, typer.Option(min=0)] = 0,
+    keep_monthly: Annotated[int, typer.Option(min=0)] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Remove the points that no rule keeps (never the newest or one in use), and what only they led to.
+
+    What only they led to goes in two steps: it is marked now and removed by a later prune, when nobody can need it.
+    """
+    retention = Retention(
+        last=keep_last, hourly=keep_hourly, daily=keep_daily, weekly=keep_weekly, monthly=keep_monthly
+    )
+    if retention.keeps_all:
+        raise UsageError("nothing says which points to keep", "give --keep-last N, --keep-daily N or another")
+    task = RepositoryTask(
+        kind=TaskKind.PRUNE, repository=repository, groups=(group,), retention=retention, dry_run=dry_run
+    )
+    result = run_task(task)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for epoch, why in sorted(((int(e), why) for e, why in result["kept"].get(group, {}).items())):
+        print(f"keep   {group}@{epoch}  {why}")
+    for epoch in result["removed"].get(group, []):
+        print(f"{'would remove' if dry_run else 'remove'} {group}@{epoch}")
+    if not dry_run:
+        output.say(
+            f"{result['condemned']} objects ({output.size_text(result['condemned_bytes'])}) marked, "
+            f"{result['deleted']} ({output.size_text(result['deleted_bytes'])}) removed"
+        )
+
+
+def run_task(task: RepositoryTask) -> dict[str, Any]:
+    """Do a task as a job and give back what it tells; its error is raised as if it had happened here."""
+    with session.connect() as client:
+        job = waiting.until_rest(client, client.submit(JobSpec(task=task)).id, as_json=False)
+    if job.failed or job.cancelled:
+        output.say(job.error or "cancelled")
+        raise typer.Exit(waiting.exit_code_of(job))
+    found: dict[str, Any] = json.loads(job.result)
+    return found
+
+
+def _points_of(uri: RepositoryUri, group: str) -> list[Decision]:
+    task = RepositoryTask(kind=TaskKind.SCAN, repository=str(uri.repository), groups=(group,))
+    found = [Decision.model_validate(point) for point in run_task(task)["points"]]
+    if not found:
+        raise NotFoundError(f"there is no point of group {group!r}", "see flushpoint repository scan for the groups")
+    return found
+
+
+def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, Decision]:
+    """The point that was named, and its URI."""
+    group, number = _parsed(point)
+    uri = parse_repository(repository)
+    found = _points_of(uri, group)
+    chosen = found[-1] if number == LATEST else next((p for p in found if p.epoch == number), None)
+    if chosen is None:
+        there = ", ".join(str(p.epoch) for p in found[-10:])
+        raise NotFoundError(f"group {group!r} has no point {number}", f"the newest are {there}")
+    if disk and chosen.member(disk) is None:
+        there = ", ".join(m.disk for m in chosen.members)
+        raise NotFoundError(f"{group}@{chosen.epoch} has no disk {disk!r}", f"it has {there}")
+    return replace(uri, group=group, point=chosen.epoch), chosen
+
+
+def _parsed(text: str) -> tuple[str, int]:
+    group, _, number = text.partition("@")
+    if number in ("", "latest"):
+        return group, LATEST
+    if not number.isdigit():
+        raise UsageError(f"{text!r} names no recovery point", "write GROUP@NUMBER, or GROUP for the newest")
+    return group, int(number)
+
+
+def _places(to: list[str], disks: list[str], image_format: str) -> dict[str, str]:
+    """Where each disk goes."""
+    here = str(Path.cwd())
+    mapped = dict(entry.split("=", 1) for entry in to if entry.partition("=")[0] in disks and "=" in entry)
+    rest = [entry for entry in to if entry.partition("=")[0] not in disks or "=" not in entry]
+    if len(rest) > 1:
+        raise UsageError(f"--to names two places: {rest[0]} and {rest[1]}", "write VM/DISK=PLACE for each disk")
+    missing = [disk for disk in disks if disk not in mapped]
+    if missing and not rest:
+        raise UsageError(
+            f"--to names no place for {', '.join(missing)}", "write VM/DISK=PLACE for each, or a directory"
+        )
+    for disk in missing:
+        place = rest[0]
+        if Path(place).is_dir() or place.endswith("/") or len(disks) > 1:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            place = str(Path(place) / f"{disk.replace('/', '-')}.{_ENDINGS[image_format]}")
+        mapped[disk] = place
+    return {disk: absolute(place, here) for disk, place in mapped.items()}
+
+
+def _run_all(specs: list[JobSpec], as_json: bool) -> None:
+    """All jobs side by side; the gravest of their exit codes."""
+    code = 0
+    jobs: list[JobView] = []
+    with session.connect() as client:
+        for job_id in [client.submit(spec).id for spec in specs]:
+            job = waiting.until_rest(client, job_id, as_json)
+            jobs.append(job)
+            output.say(waiting.ending(job))
+            code = max(code, waiting.exit_code_of(job))
+    if as_json:
+        print(json.dumps([job.model_dump(mode="json") for job in jobs]))
+    raise typer.Exit(code)

@@ -1,0 +1,131 @@
+"""A recovery point as NBD exports, read and written by other people's clients."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.model.extent import BLOCK_BYTES
+from tests.repositories import backup, local_uri, make_repository
+from workers.access import Access
+from workers.repository.repository import Repository
+
+pytestmark = pytest.mark.needs("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
+
+SIZE = 300 * BLOCK_BYTES + 512 * 5
+
+
+def content() -> bytes:
+    """Data with holes, of a size that is a multiple of sectors only."""
+    data = bytearray(SIZE)
+    dice = random.Random(7)
+    for block in (0, 1, 2, 40, 127, 128, 129, 299):
+        data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = dice.randbytes(BLOCK_BYTES)
+    data[-1000:] = b"e" * 1000
+    return bytes(data)
+
+
+@pytest.fixture(params=["plain", "encrypted"])
+def repository(request: pytest.FixtureRequest, tmpfs_path: Path) -> str:
+    """The URI of a repository with one point."""
+    (tmpfs_path / "key").write_text("a passphrase")
+    key = f"file:{tmpfs_path}/key" if request.param == "encrypted" else ""
+    with make_repository(tmpfs_path / "r", key) as made:
+        backup(made, "shop", content())
+    return str(local_uri(tmpfs_path / "r", key))
+
+
+@contextlib.contextmanager
+def serving(repository: str, directory: Path, *options: str) -> Iterator[str]:
+    """The URI of the one export."""
+    uri = f"{repository}{'&' if '?' in repository else '?'}group=shop"
+    command = [sys.executable, "-P", "-m", "workers.repository.serve", uri, *options]
+    env = {**os.environ, "FLUSHPOINT_ALLOWED_ROOTS": "/"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=directory) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline().strip()
+            assert line.startswith("nbd"), line
+            yield line
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(15) == 0
+
+
+def run(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_point_is_read_whole_by_any_client(repository: str, tmpfs_path: Path) -> None:
+    with serving(repository, tmpfs_path) as uri:
+        info = json.loads(run("nbdinfo", "--json", uri))["exports"][0]
+        assert info["export-size"] == SIZE
+        assert info["is_read_only"]
+        run("nbdcopy", uri, tmpfs_path / "by-nbdcopy")
+        run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, tmpfs_path / "by-qemu-img")
+    for name in ("by-nbdcopy", "by-qemu-img"):
+        assert (tmpfs_path / name).read_bytes() == content()
+
+
+def test_block_status_comes_from_the_maps(repository: str, tmpfs_path: Path) -> None:
+    with serving(repository, tmpfs_path) as uri:
+        extents = json.loads(run("nbdinfo", "--map", "--json", uri))
+    data = sum(e["length"] for e in extents if e["type"] == 0)
+    assert data == 8 * BLOCK_BYTES + 512 * 5  # the last block is short
+    assert sum(e["length"] for e in extents) == SIZE
+
+
+def test_an_overlay_takes_writes_and_keeps_them(repository: str, tmpfs_path: Path) -> None:
+    expected = bytearray(content())
+    expected[100 : 100 + 4096] = b"\x55" * 4096
+    expected[50 * BLOCK_BYTES : 51 * BLOCK_BYTES] = b"\x66" * BLOCK_BYTES
+    expected[0 * BLOCK_BYTES + 8192 : 12288] = bytes(4096)
+    writes = ["-c", "write -P 0x55 100 4096", "-c", f"write -P 0x66 {50 * BLOCK_BYTES} 64k", "-c", "write -z 8k 4k"]
+    with serving(repository, tmpfs_path, "--writable", str(tmpfs_path / "overlay")) as uri:
+        run("qemu-io", "-f", "raw", *writes, "-c", "flush", uri)
+        run("nbdcopy", uri, tmpfs_path / "written")
+    assert (tmpfs_path / "written").read_bytes() == expected
+    with serving(repository, tmpfs_path, "--writable", str(tmpfs_path / "overlay")) as uri:
+        run("nbdcopy", uri, tmpfs_path / "again")
+    assert (tmpfs_path / "again").read_bytes() == expected
+    with serving(repository, tmpfs_path) as uri:
+        run("nbdcopy", uri, tmpfs_path / "point")
+    assert (tmpfs_path / "point").read_bytes() == content()
+
+
+def test_a_served_point_is_held_until_the_server_ends(tmpfs_path: Path) -> None:
+    with make_repository(tmpfs_path / "r") as made:
+        backup(made, "shop", content())
+    uri = str(local_uri(tmpfs_path / "r"))
+    with serving(uri, tmpfs_path), Repository.open(local_uri(tmpfs_path / "r"), Access(["/"], [])) as seen:
+        assert [hold.points for hold in seen.decisions.holds()] == [(1,)]
+    with Repository.open(local_uri(tmpfs_path / "r"), Access(["/"], [])) as seen:
+        assert seen.decisions.holds() == []
+
+
+def test_a_point_that_does_not_exist_is_refused_with_those_that_do(repository: str, tmpfs_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "workers.repository.serve"]
+    joint = "&" if "?" in repository else "?"
+    env = {**os.environ, "FLUSHPOINT_ALLOWED_ROOTS": "/"}
+    done = subprocess.run(
+        [*command, f"{repository}{joint}group=shop&point=9"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "no recovery point 9" in done.stderr
+    assert "the newest are: 1" in done.stderr

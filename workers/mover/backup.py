@@ -1,0 +1,323 @@
+"""The mover's part in jobs whose target is a repository: an epoch is opened, written, and published or abandoned.
+
+    plan      open_first   hold written, parent chosen
+    copy      copy         blocks into a pack; the ledger keeps the pack's name with the finished unit
+    settle    settle       the packs' maps into a root
+    complete  publish      the manifest
+    abort     abandon      the tombstone
+
+A pass over a source that may have changed is followed by another, which stands on the root of the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from coordinator.ledger.contract import Ledger
+from coordinator.model.errors import DiskIOError, FlushpointError, Next, NotFoundError, RefusedError, Side
+from coordinator.model.extent import Extent, Status, unpack_extents
+from coordinator.model.job import JobRecord, State, Sync
+from coordinator.model.point import Decision
+from coordinator.model.repository_uri import RepositoryUri
+from coordinator.model.units import Claim
+from coordinator.model.uri import disk_name, parse
+from coordinator.settings import Settings
+from workers.access import Access
+from workers.mover.engine import Failure, Outcome
+from workers.mover.lease import Lease
+from workers.mover.rate import RateLimit
+from workers.repository.archive import DEPTH, Archive, Stopped
+from workers.repository.collect import condemned_packs
+from workers.repository.decisions import HOLD_RENEW_S
+from workers.repository.epochs import Epoch, abandon, collect_maps, open_epoch, publish, reopen, write_disk_root
+from workers.repository.index import NoIndex, RunIndex, SqliteIndex
+from workers.repository.layout import DamageError, pack_key
+from workers.repository.pack import Origin, PackRef
+from workers.repository.reader import PointDisk
+from workers.repository.repository import Repository
+from workers.repository.root import Root, RootRef
+from workers.repository.store.contract import StoreError
+from workers.sources.contract import Source
+
+
+class Backups:
+    """At most one repository and one epoch of it are open; another job's closes them."""
+
+    def __init__(self, ledger: Ledger, settings: Settings, access: Access) -> None:
+        self._ledger = ledger
+        self._access = access
+        self._cache = Path(settings.cache_dir) if settings.cache_dir else None
+        self._pool = ThreadPoolExecutor(DEPTH, thread_name_prefix="backup")
+        self._open_for = ("", 0)
+        self._repository: Repository | None = None
+        self._archive: Archive | None = None
+        self._renewed_at = 0.0
+
+    def open_first(self, job: JobRecord, claim: Claim, source: Source) -> dict[str, object]:
+        """Open the job's epoch, and say what the job's record is to keep. Changes nothing but a hold."""
+        uri = self._uri(job)
+        group, disk = names(job)
+        with self._repository_of(job) as repository:
+            self._check_source(repository, source)
+            owner = self._ledger.reserve(job.id, claim.unit_id, claim.token, f"repository {repository.id} {group}")
+            if owner not in (None, job.id):
+                raise RefusedError(
+                    f"job {owner} is writing group {group!r} in {uri.repository}",
+                    "wait until it has concluded, or cancel it",
+                )
+            epoch = open_epoch(repository, group, disk, f"job {job.id}", self._is_over)
+            try:
+                comparing, reason = _how(job, epoch, source.size)
+            except FlushpointError as error:
+                abandon(repository, group, epoch.number, f"job {job.id}: {error.message}")
+                raise
+        member = epoch.parent_member
+        return {
+            "group": group,
+            "disk": disk,
+            "epoch": epoch.number,
+            "parent_epoch": epoch.parent.epoch if epoch.parent else 0,
+            "target_zeroed": not comparing and job.spec.sync is not Sync.DIRTY,
+            "on_parent": member is not None
+            and member.size == source.size
+            and job.spec.sync not in (Sync.FULL, Sync.TOP),
+            "compare_reason": reason,
+            "cut_at": time.time(),
+        }
+
+    def copy(self, job: JobRecord, claim: Claim, source: Source, lease: Lease) -> tuple[Outcome, str]:
+        """Write a unit; the pack's name if all of it is done, or the failure and everything as remaining."""
+        extents = unpack_extents(claim.extents)
+        rate = RateLimit(self._ledger, job.id)
+
+        def go_on(length: int) -> bool:
+            return lease.halt is None and rate.admit(length, lease)
+
+        try:
+            archive = self._archive_of(job)
+            self._renew_hold(job)
+            written = archive.write_unit(_Blamed(source), extents, self._pool, go_on)
+        except Stopped:
+            return Outcome(remaining=extents), ""
+        except _SourceError as failed:
+            error = failed.error
+            where = Extent(max(error.offset, 0), error.length, Status.DATA)
+            return Outcome(failures=[Failure(Side.SOURCE, error, where)], remaining=extents), ""
+        except FlushpointError as error:
+            self.close()
+            where = Extent(claim.start, claim.end - claim.start, Status.DATA)
+            return Outcome(failures=[Failure(Side.TARGET, _target_error(error), where)], remaining=extents), ""
+        outcome = Outcome(bytes_read=written.bytes_read, bytes_sent=written.bytes_sent)
+        return outcome, str(written.pack) if written.pack else ""
+
+    def settle(self, job: JobRecord, packs: list[str]) -> dict[str, object]:
+        """Write the root of this pass; what the job's record is to keep of it."""
+        with self._repository_of(job) as repository:
+            epoch = self._epoch(repository, job)
+            maps = collect_maps(repository, job.disk, [PackRef.parse(text) for text in packs])
+            root = write_disk_root(repository, epoch, self._base_root(repository, job), job.disk_size, maps)
+            return {"pass_root": str(root), "cut_at": time.time() if job.source_may_change else job.cut_at}
+
+    def publish(self, job: JobRecord) -> Decision:
+        """Decide the epoch by its manifest. Done again, it finds its own decision and is content."""
+        with self._repository_of(job) as repository:
+            epoch = self._epoch(repository, job)
+            ref = RootRef.parse(job.pass_root)
+            member = epoch.member_of(ref, job.disk_size).model_copy(
+                update={
+                    "sync": str(job.spec.sync),
+                    "reason": job.compare_reason,
+                    "bytes_read": job.bytes_read,
+                    "bytes_sent": job.bytes_sent,
+                }
+            )
+            decision = Decision(
+                decision="manifest",
+                repository=repository.id,
+                group=job.group,
+                epoch=job.epoch,
+                job=job.id,
+                cut_at=job.cut_at,
+                decided_at=time.time(),
+                consistency="crash",
+                members=(member,),
+                spec=job.spec.model_dump(mode="json", exclude_defaults=True),
+            )
+            return publish(repository, epoch, decision)
+
+    def abandon(self, job: JobRecord) -> None:
+        """End the epoch without result. RefusedError if it was published after all."""
+        why = job.error or "cancelled"
+        with self._repository_of(job) as repository:
+            abandon(repository, job.group, job.epoch, f"job {job.id}: {why}")
+
+    def close(self) -> None:
+        self._open_for = ("", 0)
+        archive, self._archive = self._archive, None
+        if archive is not None:
+            archive.index.close()
+        repository, self._repository = self._repository, None
+        if repository is not None:
+            repository.close()
+
+    # -- what is open --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _repository_of(self, job: JobRecord) -> Iterator[Repository]:
+        if self._open_for != (job.id, job.pass_number):
+            self.close()
+            self._open_for = (job.id, job.pass_number)
+        if self._repository is None:
+            self._repository = Repository.open(self._uri(job).repository, self._access)
+        try:
+            yield self._repository
+        except StoreError as error:  # for the error policy
+            self.close()
+            raise _target_error(error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _archive_of(self, job: JobRecord) -> Archive:
+        with self._repository_of(job) as repository:
+            if self._archive is None:
+                epoch = self._epoch(repository, job)
+                parent = repository.disk(epoch.parent, job.disk) if epoch.parent else None
+                base = self._base_disk(repository, job, parent)
+                self._archive = Archive(
+                    repository,
+                    Origin(job.group, job.epoch),
+                    job.disk,
+                    job.disk_size,
+                    base=base,
+                    known=base or parent,
+                    exact=job.spec.sync is Sync.TOP,
+                    shunned=condemned_packs(repository, "shun"),
+                    index=self._index(repository),
+                )
+            return self._archive
+
+    def _index(self, repository: Repository) -> RunIndex:
+        if self._cache is None:
+            return NoIndex()
+
+        def is_there(pack: bytes) -> bool:
+            return repository.store.size(pack_key(pack)) is not None
+
+        path = self._cache / f"blocks-{repository.id}.sqlite"
+        return SqliteIndex(path, condemned_packs(repository), is_there)
+
+    def _base_disk(self, repository: Repository, job: JobRecord, parent: PointDisk | None) -> PointDisk | None:
+        """What blocks keep that this pass does not cover."""
+        if job.pass_root:
+            return PointDisk(job.disk, self._base_root(repository, job), repository.fetcher)
+        return parent if job.on_parent else None
+
+    def _base_root(self, repository: Repository, job: JobRecord) -> Root:
+        if job.pass_root:
+            return Root.load(RootRef.parse(job.pass_root), repository.store, repository.keyring)
+        parent = self._epoch(repository, job).parent_member
+        if job.on_parent and parent is not None:
+            return repository.root(parent)
+        return Root.empty(job.disk_size, repository.store, repository.keyring)
+
+    @staticmethod
+    def _epoch(repository: Repository, job: JobRecord) -> Epoch:
+        return reopen(repository, job.group, job.epoch, job.disk, f"job {job.id}", job.parent_epoch)
+
+    def _renew_hold(self, job: JobRecord) -> None:
+        if time.monotonic() - self._renewed_at < HOLD_RENEW_S:
+            return
+        with self._repository_of(job) as repository:
+            repository.decisions.hold(self._epoch(repository, job).hold())
+        self._renewed_at = time.monotonic()
+
+    # -- questions -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _uri(job: JobRecord) -> RepositoryUri:
+        uri = parse(job.spec.target).repository
+        assert uri is not None
+        return uri
+
+    def _is_over(self, owner: str) -> bool:
+        """Whether an epoch's owner is a job of this ledger that has concluded; of another's nobody here can tell."""
+        kind, _, job_id = owner.partition(" ")
+        if kind != "job":
+            return False
+        try:
+            return self._ledger.job(job_id).job.state is State.CONCLUDED
+        except NotFoundError:
+            return False
+
+    @staticmethod
+    def _check_source(repository: Repository, source: Source) -> None:
+        identity = source.identity()
+        if identity[0] == "repository" and identity[1] == repository.id:
+            raise RefusedError(
+                f"the source is a point of the same repository, {repository.store.name}", "name another target"
+            )
+
+
+class _SourceError(Exception):
+    def __init__(self, error: DiskIOError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Blamed:
+    """A source whose errors are told from those of the repository."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        try:
+            self._source.read_into(offset, buffer)
+        except DiskIOError as error:
+            raise _SourceError(error) from error
+
+
+def names(job: JobRecord) -> tuple[str, str]:
+    """(group, disk) of a job's target: as given, or the source's name for both."""
+    uri = parse(job.spec.target).repository
+    assert uri is not None
+    own = disk_name(parse(job.spec.source))
+    return uri.group or own, uri.disk or own
+
+
+def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
+    """(whether contents are compared, why), or an error where the parent that is needed is not there."""
+    member = epoch.parent_member
+    sync = job.spec.sync
+    if sync is Sync.DIRTY and member is None:
+        raise NotFoundError(
+            f"group {epoch.group!r} has no recovery point of disk {epoch.disk!r} that a bitmap could add to",
+            "make a full copy first",
+        )
+    if sync is Sync.DIRTY and member is not None and member.size != size:
+        raise RefusedError(
+            f"disk {epoch.disk!r} has {size} bytes, and {member.size} in its newest recovery point",
+            "copy it with --sync incremental, which compares",
+        )
+    if sync is not Sync.INCREMENTAL:
+        return False, ""
+    if member is None:
+        return False, "there is no recovery point yet, so all of it was stored"
+    if member.size != size:
+        return False, "the disk has changed its size, so all of it was compared"
+    return True, "asked for"
+
+
+def _target_error(error: FlushpointError) -> DiskIOError:
+    """An error of the repository as one of the job's target, for its error policy."""
+    if isinstance(error, DiskIOError):
+        return error
+    number = error.errno if isinstance(error, StoreError) else errno.EIO
+    next_ = Next.GIVE_UP if isinstance(error, DamageError | RefusedError) else Next.RECONNECT
+    return DiskIOError(error.message, errno_=number, next_=next_, remedy=error.remedy)

@@ -1,0 +1,129 @@
+"""A disk of a recovery point as a source: a restore is a mirror with the arrow turned round."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from coordinator.model.errors import DamagedError, DiskIOError, FlushpointError, Next, RefusedError
+from coordinator.model.extent import Extent, merge_adjacent
+from coordinator.model.job import Sync
+from coordinator.model.repository_uri import RepositoryUri
+from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.repository.decisions import HOLD_RENEW_S, Hold
+from workers.repository.layout import DamageError
+from workers.repository.repository import Repository
+from workers.sources.identity import Identity
+
+
+class DamagedDiskError(DiskIOError):
+    """A block of the repository is not what was written; the message names its object and where in it."""
+
+    exit_code = DamagedError.exit_code
+    code = DamagedError.code
+
+
+class RepositorySource:
+    """One disk of one recovery point; never changes. While it is open, a hold keeps the point from being pruned."""
+
+    max_readers = 0
+    may_change = False
+    block_size = 1
+
+    def __init__(self, uri: RepositoryUri, sync: Sync, access: Access) -> None:
+        """NotFoundError for a point or disk that there is not; errors of `Repository.open` otherwise."""
+        if sync in (Sync.DIRTY, Sync.TOP):
+            raise RefusedError(
+                f"a recovery point has no {'bitmaps' if sync is Sync.DIRTY else 'backing files'}",
+                "use --sync full, or incremental to write only what differs",
+            )
+        if not uri.group:
+            raise RefusedError(f"{uri} names no group", "add ?group=NAME, or name the point as GROUP@POINT")
+        self._repository = Repository.open(uri.repository, access)
+        try:
+            point = self._repository.decisions.point(uri.group, uri.point)
+            self._hold = Hold(
+                id=f"read-{secrets.token_hex(8)}",
+                kind="read",
+                group=uri.group,
+                points=(point.epoch,),
+                owner=f"a reader on {socket.gethostname()}",
+                renewed_at=time.time(),
+            )
+            self._repository.decisions.hold(self._hold)
+            self._disk = self._repository.disk(point, uri.disk)
+        except BaseException:
+            self._repository.close()
+            raise
+        self._identity = ("repository", self._repository.id, uri.group, point.epoch, self._disk.name)
+        self._renewing = threading.Lock()
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        return self._disk.size
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        try:
+            yield from merge_adjacent(self._disk.extents(offset, length))
+        except FlushpointError as error:
+            raise _read_error(error, offset, length) from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._renew()
+        try:
+            self._disk.read_into(offset, buffer)
+        except FlushpointError as error:
+            raise _read_error(error, offset, len(buffer)) from error
+
+    def identity(self) -> Identity:
+        return self._identity
+
+    def reads_from(self) -> frozenset[Identity]:
+        return frozenset({self._identity})
+
+    def stamp(self) -> str:
+        return ""
+
+    def fileno(self) -> int | None:
+        return None
+
+    def nbd_endpoint(self) -> Endpoint | None:
+        return None
+
+    def abort(self) -> None:
+        """Every request to a store is bounded by itself."""
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(FlushpointError):  # it goes stale by itself
+            self._repository.decisions.let_go(self._hold.id)
+        self._repository.close()
+
+    def _renew(self) -> None:
+        if time.time() - self._hold.renewed_at < HOLD_RENEW_S or not self._renewing.acquire(blocking=False):
+            return
+        try:
+            self._hold = self._hold.model_copy(update={"renewed_at": time.time()})
+            self._repository.decisions.hold(self._hold)
+        finally:
+            self._renewing.release()
+
+
+def _read_error(error: FlushpointError, offset: int, length: int) -> DiskIOError:
+    """Damage stays where it is; a store may answer later."""
+    if isinstance(error, DamageError):
+        return DamagedDiskError(
+            error.message, errno_=errno.EIO, offset=offset, length=length, next_=Next.GIVE_UP, remedy=error.remedy
+        )
+    return DiskIOError(
+        error.message, errno_=errno.EIO, offset=offset, length=length, next_=Next.RETRY, remedy=error.remedy
+    )
