@@ -208,6 +208,7 @@ def test_no_more_is_read_than_the_budget_allows_until_it_is_answered(
             client.send(Command.WRITE, OPEN, 32 * MIB, b"x" * 32 * MIB)
         assert other.ask(Command.READ, OPEN, 4096).errno == 0
         assert disk.calls == []
+        disk.gate.set()
 
 
 def test_a_client_that_was_held_up_is_read_again_when_its_requests_begin(

@@ -9,31 +9,26 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status, merge_adjacent
-from coordinator.model.point import Decision, Retention
+from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
+from coordinator.model.point import Retention
 from coordinator.model.repository_uri import parse_repository
-from coordinator.model.units import plan_units
+from tests.repositories import BytesSource, Written, publish_epoch, write_epoch
 from workers.access import Access
 from workers.repository import keyring
-from workers.repository.archive import Archive
 from workers.repository.check import check
 from workers.repository.collect import condemned_packs, prune
 from workers.repository.compact import compact
-from workers.repository.epochs import Epoch, abandon, collect_maps, open_epoch, publish, write_disk_root
+from workers.repository.epochs import abandon, publish
 from workers.repository.index import SqliteIndex
 from workers.repository.layout import pack_key
-from workers.repository.pack import Origin, PackRef
 from workers.repository.repository import Repository
-from workers.repository.root import Root
 
 SIZE = SEGMENT_BYTES + 3 * BLOCK_BYTES + 1001
 BLOCKS = -(-SIZE // BLOCK_BYTES)
@@ -44,27 +39,19 @@ GROUP = st.sampled_from(GROUPS)
 WRITES = st.lists(st.sampled_from(PLACES), max_size=6)
 
 
-class Disk:
+class Disk(BytesSource):
     """A disk in memory that can tell what was written since it was last asked."""
 
     def __init__(self) -> None:
-        self.data = bytearray(SIZE)
+        super().__init__(bytearray(SIZE))
+        self.data: bytearray
         self.dirty: set[int] = set()
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = memoryview(self.data)[offset : offset + len(buffer)]
 
     def write(self, block: int, content: bytes) -> None:
         start = block * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, SIZE)
         self.data[start:end] = content[: end - start]
         self.dirty.add(block)
-
-    def extents(self) -> Iterator[Extent]:
-        for block in range(BLOCKS):
-            start, end = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, SIZE)
-            zero = self.data.startswith(bytes(end - start), start)
-            yield Extent(start, end - start, Status.ZERO if zero else Status.DATA)
 
     def dirty_extents(self) -> Iterator[Extent]:
         for block in sorted(self.dirty):
@@ -88,7 +75,6 @@ class Histories(RuleBasedStateMachine):
         self.write("one", list(PLACES))
         self.write("two", list(PLACES))
         self.clock = 1_700_000_000.0
-        self.pool = ThreadPoolExecutor(4)
 
     @property
     def access(self) -> Access:
@@ -96,7 +82,6 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "directory"):
-            self.pool.shutdown()
             self.repository.close()
             shutil.rmtree(self.directory)
 
@@ -110,62 +95,38 @@ class Histories(RuleBasedStateMachine):
             )
             self.disks[group].write(block, content)
 
-    def written(self, group: str, kind: str) -> tuple[Epoch, Root, list[PackRef]]:
+    def written(self, group: str, kind: str) -> Written:
         """An epoch whose units are all written, and which is still undecided."""
         disk = self.disks[group]
-        epoch = open_epoch(self.repository, group, "disk", "job", lambda owner: True)
-        member = epoch.parent_member
-        known = self.repository.disk(epoch.parent, "disk") if epoch.parent else None
-        base = None if kind == "full" else known
         index = SqliteIndex(
             self.directory / "index",
             condemned_packs(self.repository),
             lambda pack: self.repository.store.size(pack_key(pack)) is not None,
         )
-        archive = Archive(self.repository, Origin(group, epoch.number), "disk", SIZE, base, known, index=index)
         extents = disk.dirty_extents() if kind == "dirty" else disk.extents()
-        units = plan_units(merge_adjacent(extents), SIZE)
-        written = [archive.write_unit(disk, unit.extents, self.pool) for unit in units]
+        written = write_epoch(self.repository, group, disk, kind, extents=extents, index=index)
         index.close()
-        root = self.repository.root(member) if base and member else self.empty()
-        return epoch, root, [w.pack for w in written if w.pack is not None]
-
-    def empty(self) -> Root:
-        return Root.empty(SIZE, self.repository.store, self.repository.keyring)
+        return written
 
     @rule(group=GROUP, kind=st.sampled_from(["full", "dirty", "compare"]), blocks=WRITES)
     def backup(self, group: str, kind: str, blocks: list[int]) -> None:
         self.write(group, blocks)
         if kind == "dirty" and not any(name == group for name, _ in self.points):
             kind = "full"  # there is no parent that the bitmap could be about
-        epoch, root, packs = self.written(group, kind)
-        maps = collect_maps(self.repository, "disk", packs)
-        member = epoch.member_of(write_disk_root(self.repository, epoch, root, SIZE, maps), SIZE)
+        written = self.written(group, kind)
         self.clock += self.dice.choice([60, 3600, 86_400])
-        decision = Decision(
-            decision="manifest",
-            repository=self.repository.id,
-            group=group,
-            epoch=epoch.number,
-            job="job",
-            cut_at=self.clock,
-            decided_at=time.time(),
-            members=(member.model_copy(update={"sync": kind}),),
-        )
-        publish(self.repository, epoch, decision)
-        publish(self.repository, epoch, decision)  # a second time changes nothing (I5)
-        self.points[group, epoch.number] = bytes(self.disks[group].data)
+        decision = publish_epoch(self.repository, written, self.clock)
+        publish(self.repository, written.epoch, decision)  # a second time changes nothing (I5)
+        self.points[group, decision.epoch] = bytes(self.disks[group].data)
         self.disks[group].dirty.clear()
 
     @rule(group=GROUP, kind=st.sampled_from(["full", "compare"]), blocks=WRITES, dies=st.booleans())
     def abort(self, group: str, kind: str, blocks: list[int], dies: bool) -> None:
         """Its packs are orphans; a writer that died leaves its hold as well."""
         self.write(group, blocks)
-        epoch, root, packs = self.written(group, kind)
-        if dies:
-            write_disk_root(self.repository, epoch, root, SIZE, collect_maps(self.repository, "disk", packs))
-        else:
-            abandon(self.repository, group, epoch.number, "cancelled")
+        written = self.written(group, kind)
+        if not dies:
+            abandon(self.repository, group, written.epoch.number, "cancelled")
 
     @rule(last=st.integers(1, 3), daily=st.integers(0, 2))
     def prune(self, last: int, daily: int) -> None:
