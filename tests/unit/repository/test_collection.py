@@ -1,0 +1,107 @@
+"""Collection beside writers: nothing goes that somebody may still refer to (DESIGN, retention)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.model.extent import BLOCK_BYTES
+from coordinator.model.point import Retention
+from tests.repositories import BytesSource, backup, make_repository, publish_epoch, read_point, write_epoch
+from workers.repository.collect import condemned_packs, prune
+from workers.repository.compact import compact
+from workers.repository.index import SqliteIndex
+from workers.repository.layout import pack_key
+from workers.repository.repository import Repository
+
+LAST = Retention(last=1)
+
+
+def content(seed: int, blocks: int = 20) -> bytes:
+    return random.Random(seed).randbytes(blocks * BLOCK_BYTES)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[Repository]:
+    with make_repository(tmp_path / "r") as made:
+        yield made
+
+
+@pytest.fixture
+def index_path(tmp_path: Path) -> Path:
+    return tmp_path / "index"
+
+
+def index_of(repository: Repository, path: Path) -> SqliteIndex:
+    """As a writer opens it, after its hold is there."""
+    return SqliteIndex(
+        path, condemned_packs(repository), lambda pack: repository.store.size(pack_key(pack)) is not None
+    )
+
+
+def indexed_backup(repository: Repository, group: str, data: bytes, path: Path) -> None:
+    publish_epoch(
+        repository, write_epoch(repository, group, BytesSource(data), "full", index=index_of(repository, path))
+    )
+
+
+def test_equal_blocks_of_another_disk_are_found_by_the_index(repository: Repository, index_path: Path) -> None:
+    indexed_backup(repository, "one", content(1), index_path)
+    twin = write_epoch(repository, "two", BytesSource(content(1)), "full", index=index_of(repository, index_path))
+    assert twin.sent == 0
+    publish_epoch(repository, twin)
+    assert read_point(repository, "two") == content(1)
+
+
+def test_what_a_writer_may_refer_to_that_was_open_before_stays_until_it_has_decided(
+    repository: Repository, index_path: Path
+) -> None:
+    indexed_backup(repository, "one", content(1), index_path)
+    sleeping = write_epoch(repository, "two", BytesSource(content(1)), "full", index=index_of(repository, index_path))
+    assert sleeping.sent == 0
+    backup(repository, "one", content(2))
+    for _ in range(3):  # condemns what only one@1 led to, and would remove it
+        prune(repository, ("one",), LAST)
+    publish_epoch(repository, sleeping)
+    for _ in range(3):
+        prune(repository, None, LAST)
+    assert read_point(repository, "two") == content(1)
+
+
+def test_a_writer_that_comes_later_refers_to_nothing_condemned(repository: Repository, index_path: Path) -> None:
+    indexed_backup(repository, "one", content(1), index_path)
+    backup(repository, "one", content(2))
+    prune(repository, None, LAST)  # condemns
+    late = write_epoch(repository, "two", BytesSource(content(1)), "full", index=index_of(repository, index_path))
+    assert late.sent == len(content(1))
+    prune(repository, None, LAST)  # removes
+    publish_epoch(repository, late)
+    assert read_point(repository, "two") == content(1)
+
+
+def test_what_was_moved_twice_is_found_where_it_went(repository: Repository) -> None:
+    """The second compaction has to count what the first brought there for packs that are gone."""
+    for seed in (1, 2):
+        backup(repository, f"g{seed}", content(seed))
+    for _ in range(2):
+        compact(repository, live_share=1.1)
+        for _ in range(3):
+            prune(repository, None, LAST)
+    moved = [info.key for info in repository.store.list("moved/")]
+    assert len(moved) > 2
+    for seed in (1, 2):
+        assert read_point(repository, f"g{seed}") == content(seed)
+
+
+def test_the_newest_point_and_those_in_use_are_never_pruned(repository: Repository) -> None:
+    for seed in range(4):
+        backup(repository, "g", content(seed, 2))
+    open_over_newest = write_epoch(repository, "g", BytesSource(content(9, 2)), "full")
+    report = prune(repository, None, LAST)
+    assert report.removed["g"] == [1, 2, 3]
+    assert "held" in report.kept["g"][4]
+    publish_epoch(repository, open_over_newest)
+    assert read_point(repository, "g") == content(9, 2)
