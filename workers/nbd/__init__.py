@@ -1,4 +1,4 @@
-"""NBD, this project's trade: a client in pure Python that keeps as many requests in flight as it has calling threads.
+"""NBD, this project's trade: a client that keeps as many requests in flight as it has calling threads, and a server.
 
     Session          several connections to one export used as one (session)
       Connection     one connection: reads, writes, block status, the FLUSH rule (connection)
@@ -6,8 +6,9 @@
                      one thread with a selector under TLS (tls_channel)
         replies      the peer's replies, parsed without I/O (replies)
         handshake    option haggling, TLS, meta contexts (handshake)
-    wire             formats and parsers (wire)
+    Server           serves disks of this process to any client (server, which draws its parts; served, the contract)
+    wire             formats and parsers (wire; server_wire for the server's half)
 
-What crosses to the rest of the program is `DiskIOError` after a connection stands, and `UnavailableError`,
-`NotFoundError`, `RefusedError` or `UsageError` before.
+What crosses from the client to the rest of the program is `DiskIOError` after a connection stands, and
+`UnavailableError`, `NotFoundError`, `RefusedError` or `UsageError` before.
 """

@@ -1,12 +1,12 @@
 """Our own NBD server: disks of this process, served to any NBD client from threads with blocking sockets.
 
     Server               listens, one thread per connection, request threads for all of them
-      Connection        one client from its first byte to its last
+      Connection         one client from its first byte to its last (server_connection)
         Haggle           options, TLS, until an export is open (server_handshake)
         RequestReader    requests, parsed without I/O (server_requests)
         Answers          checks, the disk, the bytes of the reply (server_answers)
         PlainLink        sockets and who sends (server_link); TlsLink where one thread must do both (server_tls_link)
-      RequestThreads    carry requests out; connections take turns
+      RequestThreads     carry requests out; connections take turns (server_threads)
 
     connection's thread ── read ─▶ lane ─▶ turns ─▶ request thread ── disk ─▶ Reply ── send ─▶ socket
 
@@ -50,7 +50,7 @@ def listen(endpoint: Endpoint) -> socket.socket:
     """A socket that listens where clients of `endpoint` connect; of TCP port 0 the kernel makes a free one.
 
     A unix socket that nobody listens on any more is replaced. RefusedError if somebody does, UnavailableError if the
-    kernel refuses the address.
+    kernel refuses the address. The path of a unix socket stays when the server is closed, for the next to replace.
     """
     try:
         if endpoint.socket_path is not None:
