@@ -298,7 +298,11 @@ def test_a_completion_whose_answer_was_lost_is_recognised(s3: ScriptedS3, store:
     assert s3.asked()[-1] == "HEAD /k"
 
 
-@pytest.mark.parametrize("answers", [(GONE,), (LOST, GONE, Answer(body=b"other"))], ids=["never_lost", "another_size"])
+@pytest.mark.parametrize(
+    "answers",
+    [(GONE, Answer(claimed=TWO_PARTS)), (LOST, GONE, Answer(body=b"other"))],
+    ids=["never_lost", "another_size"],
+)
 def test_a_completion_of_a_lost_upload_is_an_error(s3: ScriptedS3, store: S3Store, answers: tuple[Answer, ...]) -> None:
     s3.will_answer(CREATED, OK, OK, *answers)
     with pytest.raises(StoreError, match=r"the upload of k to .* is gone"):
