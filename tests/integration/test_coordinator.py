@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from coordinator.model.job import State
+from flushpoint.client import AsyncClient, Client
 from tests.stack import Stack, wait_until
+from tests.unit.flushpoint.fake_api import UNCONNECTED_SOCKET_LEAKS
 
 COMMAND = [sys.executable, "-P", "-m", "coordinator"]
+ANSWER_S = 3.0
+"""A second, and what a busy machine adds to it. Long polls last for 30 s."""
+CLIENTS = 60
+"""More than the API has threads."""
 
 
 @pytest.fixture
@@ -77,3 +87,57 @@ def test_many_who_wait_leave_the_api_free_for_others(stack: Stack, tmpfs_path: P
     finally:
         for one in waiting:
             one.close()
+
+
+def connections(stack: Stack) -> int:
+    """That the API has open, besides the one it listens on."""
+    (coordinator, *_) = stack.processes["coordinator"].family()
+    return sum(one.laddr == str(stack.api_socket) for one in coordinator.net_connections("unix")) - 1
+
+
+@UNCONNECTED_SOCKET_LEAKS
+def test_clients_that_wait_when_it_ends_wait_on_at_the_next_one(stack: Stack) -> None:
+    stack.start_coordinator()
+    job = stack.submit("/nonexistent/source.img", "/nonexistent/target.img")
+    with ThreadPoolExecutor(1) as pool, Client(f"unix://{stack.api_socket}") as client:
+        before = connections(stack)
+        waited = pool.submit(client.wait, job.id, timeout_s=60)
+        wait_until(lambda: connections(stack) > before, "the client")
+        stack.processes.pop("coordinator").terminate()
+        stack.start_coordinator()
+        stack.client.cancel(job.id)
+        assert waited.result().state is State.CONCLUDED
+
+
+def test_verbs_answer_at_once_however_many_clients_wait(stack: Stack) -> None:
+    stack.start_coordinator()
+    job = stack.submit("/nonexistent/source.img", "/nonexistent/target.img")
+    stack.wait(job.id, State.RUNNING)
+    (*_, last) = stack.client.events(job=job.id)
+
+    def answers(ask: Callable[[], object]) -> None:
+        begun = time.monotonic()
+        ask()
+        assert time.monotonic() - begun < ANSWER_S
+
+    async def event(client: AsyncClient) -> str:
+        async for found in client.events(after=last.id, job=job.id, follow=True):
+            return found.event
+        raise AssertionError("it never ends")
+
+    async def crowd() -> None:
+        async with AsyncClient(f"unix://{stack.api_socket}") as client:
+            before = connections(stack)
+            waits = [asyncio.create_task(client.wait(job.id)) for _ in range(CLIENTS // 2)]
+            follows = [asyncio.create_task(event(client)) for _ in range(CLIENTS // 2)]
+            await asyncio.to_thread(wait_until, lambda: connections(stack) == before + CLIENTS, "the clients")
+            for ask in (
+                lambda: stack.client.set_speed(job.id, 1000),
+                stack.client.health,
+                lambda: stack.client.cancel(job.id),
+            ):
+                await asyncio.to_thread(answers, ask)
+            assert {ended.state for ended in await asyncio.gather(*waits)} == {State.CONCLUDED}
+            assert set(await asyncio.gather(*follows)) == {"JOB_STATUS_CHANGE"}
+
+    asyncio.run(crowd())

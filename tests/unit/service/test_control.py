@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 
 import pytest
+from kombu.exceptions import OperationalError
+from structlog.testing import capture_logs
 
-from coordinator.ledger import DeposedError, Finished, MemoryLedger
+from coordinator.ledger import DeposedError, Finished, MemoryLedger, Term
 from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.job import JobSpec, State, Verb
@@ -16,8 +17,9 @@ from coordinator.model.messages import Doorbell
 from coordinator.model.step import VerbArguments, apply_verb
 from coordinator.model.units import UnitKind, plan_units
 from coordinator.service.control import ControlLoop
-from coordinator.service.dispatcher import BELLS_PER_SLOT, Dispatcher
+from coordinator.service.dispatcher import BELLS_PER_SLOT, Dispatcher, Ringer
 from coordinator.settings import Settings
+from tests.stack import wait_until
 
 SPEC = JobSpec(source="/s", target="/t")
 LEASE_MS = 15_000
@@ -175,15 +177,97 @@ def test_doorbells_outstanding_are_at_most_two_a_slot(bench: Bench) -> None:
     assert len(bench.bells) == BELLS_PER_SLOT * 3
 
 
-def test_a_broker_that_is_away_stops_no_decision(bench: Bench) -> None:
-    def refuse(bell: Doorbell) -> None:
-        raise UnavailableError("no broker")
+def test_a_broker_that_hangs_stops_no_decision(bench: Bench) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
 
-    control = ControlLoop(bench.ledger, bench.settings, Dispatcher(bench.ledger, bench.settings, refuse).top_up)
+    def send(bell: Doorbell) -> None:
+        hangs.set()
+        assert goes_on.wait(30)
+        bench.bells.append(bell)
+
+    ringer = Ringer(Dispatcher(bench.ledger, bench.settings, send).top_up)
+    ringer.start()
+    bench.control = ControlLoop(bench.ledger, bench.settings, ringer.ask)
     bench.ledger.submit("j", SPEC)
-    with pytest.raises(UnavailableError):
-        control.cycle()
-    assert bench.ledger.job("j").job.state is State.RUNNING
+    bench.cycles()
+    assert hangs.wait(30)
+    bench.ledger.update("j", bench.ledger.job("j").version, {"pause_requested": True})
+    bench.cycles()
+    assert bench.ledger.job("j").job.state is State.PAUSED
+    assert bench.control.leads
+    goes_on.set()
+    wait_until(lambda: len(bench.bells) == 1, "the doorbell")
+
+
+@pytest.mark.parametrize("trouble", [OperationalError("away"), UnavailableError("no ledger"), ZeroDivisionError("bug")])
+def test_a_ringing_that_fails_is_done_when_it_is_asked_for_again(trouble: Exception) -> None:
+    troubles, rings = [trouble], threading.Semaphore(0)
+
+    def top_up() -> int:
+        rings.release()
+        if troubles:
+            raise troubles.pop()
+        return 1
+
+    ringer = Ringer(top_up)
+    ringer.start()
+    for _ in range(2):
+        ringer.ask()
+        assert rings.acquire(timeout=30)
+
+
+def test_a_coordinator_whose_term_ran_out_meanwhile_does_not_lead(bench: Bench) -> None:
+    bench.settings = Settings(cycle_s=0.01, leader_ttl_s=0.05)
+    bench.control = bench.another()
+    bench.cycles(1)
+    wait_until(lambda: not bench.control.leads, "the end of the term")
+    bench.cycles(1)
+    assert bench.control.leads
+
+
+@pytest.mark.parametrize("trouble", [None, UnavailableError("failover")])
+def test_a_coordinator_that_ends_resigns_even_from_a_term_that_trouble_made_it_step_down_from(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, trouble: Exception | None
+) -> None:
+    def end() -> bool:
+        bench.control.stop()
+        if trouble is not None:
+            raise trouble
+        return True
+
+    monkeypatch.setattr(bench.ledger, "run_is_known", end)
+    bench.control.run()
+    assert not bench.ledger.led()
+    assert bench.ledger.lead("next", 60_000) == Term(2, "next")
+
+
+def test_a_generation_never_falls_not_even_in_a_ledger_that_lost_everything(bench: Bench) -> None:
+    for nonce in ("one", "two", "three"):
+        term = bench.ledger.lead(nonce, 60_000)
+        assert term is not None
+        bench.ledger.resign(term)
+    assert "leads with generation 4" in bench.cycles(1)
+    MemoryLedger.__init__(bench.ledger)
+    assert [s for s in bench.cycles(2) if s.startswith("leads")] == [], "the term goes on"
+    bench.control.stop()
+    bench.control.run()
+    assert bench.ledger.lead("next", 60_000) == Term(5, "next")
+
+
+def test_a_leader_warns_of_what_the_ledgers_server_may_cost_at_its_start_and_the_servers(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.ledger, "shortcomings", lambda: ["it forgets"])
+
+    def warnings() -> list[str]:
+        with capture_logs() as logs:
+            bench.cycles()
+        return [entry["event"] for entry in logs if entry["log_level"] == "warning"]
+
+    assert warnings() == ["the ledger's server: it forgets"]
+    assert warnings() == []
+    bench.ledger.restart()
+    assert warnings() == ["the ledger's server: it forgets"]
 
 
 def test_a_cycle_that_fails_stops_no_coordinator(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +285,7 @@ def test_a_cycle_that_fails_stops_no_coordinator(bench: Bench, monkeypatch: pyte
     loop = threading.Thread(target=bench.control.run)
     loop.start()
     try:
-        deadline = time.monotonic() + 10
-        while bench.ledger.job("j").job.state is not State.RUNNING:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: bench.ledger.job("j").job.state is State.RUNNING, "the first step")
         assert not troubles
     finally:
         bench.control.stop()
