@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coordinator.model.errors import NotFoundError, RefusedError
+from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
 from workers.access import Access
 from workers.repository.layout import ID_BYTES, KEYS, DamageError, plain_seal
 from workers.repository.store.contract import Buffer, ObjectStore
@@ -102,8 +102,11 @@ class Keyring:
         current: bytes = NO_KEY,
         data_keys: Mapping[bytes, bytes] | None = None,
         digest_key: bytes | None = None,
+        reload: Callable[[], Mapping[bytes, bytes]] | None = None,
     ) -> None:
-        """`current` is the id of the data key that is written with; `data_keys` are in the order of their age."""
+        """`current` is the id of the data key that is written with; `data_keys` are in the order of their age. `reload`
+        gives them as they are now: somebody may have added one since."""
+        self._reload = reload
         self.repository = repository
         self.current = current
         self._data_keys = dict(data_keys or {})
@@ -132,7 +135,17 @@ class Keyring:
         known = self._found.get(name)
         if known is not None:
             return known.open(nonce, data, context)
-        for key_id in reversed(self._data_keys):
+        tried = dict(self._data_keys)
+        plain = self._tried(list(reversed(tried)), name, nonce, data, context)
+        if plain is None and self._reload is not None:
+            self._data_keys = dict(self._reload())
+            plain = self._tried([k for k in self._data_keys if k not in tried], name, nonce, data, context)
+        if plain is None:
+            raise ValueError("does not authenticate under any key")
+        return plain
+
+    def _tried(self, key_ids: list[bytes], name: bytes, nonce: int, data: Buffer, context: bytes) -> Buffer | None:
+        for key_id in key_ids:
             seal = self._derived(key_id, name)
             try:
                 plain = seal.open(nonce, data, context)
@@ -142,7 +155,7 @@ class Keyring:
                 self._found.clear()
             self._found[name] = seal
             return plain
-        raise ValueError("does not authenticate under any key")
+        return None
 
     def _derived(self, key_id: bytes, name: bytes) -> Seal:
         info = b"flushpoint object " + name
@@ -179,18 +192,30 @@ def new_keys(store: ObjectStore, secret: bytes) -> None:
 
 def load(store: ObjectStore, repository: bytes, secret: bytes) -> Keyring:
     """RefusedError if `secret` does not open the keys; DamageError for a record that is none."""
+    data_keys, digest_key = _load(store, secret)
+
+    def reload() -> Mapping[bytes, bytes]:
+        try:
+            return _load(store, secret)[0]
+        except FlushpointError:  # what did not open is then said to be damaged, as it would be without
+            return data_keys
+
+    return Keyring(repository, list(data_keys)[-1], data_keys, digest_key, reload)
+
+
+def _load(store: ObjectStore, secret: bytes) -> tuple[dict[bytes, bytes], bytes]:
+    """(data keys in the order of their age, digest key)."""
     found: list[tuple[int, bytes, bytes]] = []
     digest_key: bytes | None = None
     for record in _records(store):
         key = _unwrapped(record, secret, store.name)
         if record.use == "digest":
             digest_key = key
-            continue
-        found.append((record.number, bytes.fromhex(record.id), key))
+        else:
+            found.append((record.number, bytes.fromhex(record.id), key))
     if digest_key is None or not found:
         raise DamageError("the set of keys", KEYS)
-    data_keys = {key_id: key for _, key_id, key in sorted(found)}
-    return Keyring(repository, list(data_keys)[-1], data_keys, digest_key)
+    return {key_id: key for _, key_id, key in sorted(found)}, digest_key
 
 
 def rotate(store: ObjectStore, secret: bytes) -> str:
@@ -202,8 +227,11 @@ def rotate(store: ObjectStore, secret: bytes) -> str:
 
 
 def rewrap(store: ObjectStore, old: bytes, new: bytes) -> int:
-    """Wrap every key anew with the owner's `new` key; the old one opens nothing afterwards. Returns how many."""
-    records = [(record, _unwrapped(record, old, store.name)) for record in _records(store)]
+    """Wrap every key anew with the owner's `new` key; the old one opens nothing afterwards. Returns how many.
+
+    One that is wrapped with the new key already was so by a rewrap that was killed in the middle, which this completes.
+    """
+    records = [(record, _unwrapped_by_either(record, old, new, store.name)) for record in _records(store)]
     for record, key in records:
         _write(store, _wrapped(bytes.fromhex(record.id), record.use, record.number, key, new))
     return len(records)
@@ -251,6 +279,17 @@ def _unwrapped(record: KeyRecord, secret: bytes, where: str) -> bytes:
         ) from None
     except (ValueError, binascii.Error) as error:
         raise DamageError("the key", f"{KEYS}{record.id}") from error
+
+
+def _unwrapped_by_either(record: KeyRecord, old: bytes, new: bytes, where: str) -> bytes:
+    try:
+        return _unwrapped(record, old, where)
+    except RefusedError:
+        try:
+            return _unwrapped(record, new, where)
+        except RefusedError:
+            pass
+        raise
 
 
 def _wrapping_key(secret: bytes, salt: bytes) -> bytes:

@@ -26,9 +26,10 @@ import blake3
 import zstandard
 
 from coordinator.model.extent import SEGMENT_BYTES
+from workers.repository.expand import expanded
 from workers.repository.keyring import Keyring
 from workers.repository.layout import DIGEST_BYTES, ID_BYTES, SEGMENTS_A_PAGE, DamageError
-from workers.repository.segment_map import MAP_DIGEST_BYTES, MapRef
+from workers.repository.segment_map import MAP_DIGEST_BYTES, MAX_MAP_BYTES, MapRef
 from workers.repository.store.contract import Buffer, ObjectStore
 
 _MAGIC = b"FPROOT\0\1"
@@ -115,9 +116,8 @@ class Root:
             plain = keyring.open(ref.key.encode(), ref.directory_offset, stored, context)
             if keyring.digest(plain) != ref.digest:
                 raise ValueError("another digest")
-            data = zstandard.ZstdDecompressor().decompress(plain, max_output_size=MAX_DIRECTORY_BYTES)
-            root.size, root.pages = _decode_directory(data, ref.key)
-        except (ValueError, struct.error, zstandard.ZstdError) as error:
+            root.size, root.pages = _decode_directory(expanded(plain, MAX_DIRECTORY_BYTES), ref.key)
+        except (ValueError, struct.error) as error:
             raise DamageError("the directory", ref.key, ref.directory_offset, ref.directory_length) from error
         return root
 
@@ -132,9 +132,8 @@ class Root:
             plain = self._keyring.open(ref.root.encode(), ref.offset, stored, context)
             if self._keyring.digest(plain)[:PAGE_DIGEST_BYTES] != ref.digest:
                 raise ValueError("another digest")
-            data = zstandard.ZstdDecompressor().decompress(plain, max_output_size=MAX_PAGE_BYTES)
-            return _decode_page(data, number)
-        except (ValueError, IndexError, struct.error, zstandard.ZstdError) as error:
+            return _decode_page(expanded(plain, MAX_PAGE_BYTES), number)
+        except (ValueError, IndexError, struct.error) as error:
             raise DamageError("a page", ref.root, ref.offset, ref.length) from error
 
     def maps(self) -> Iterator[MapRef]:
@@ -225,6 +224,8 @@ def _encode_directory(size: int, pages: list[PageRef], own: str) -> bytes:
 def _decode_directory(data: bytes, own: str) -> tuple[int, list[PageRef]]:
     size, roots, pages = _DIRECTORY.unpack_from(data, 0)
     at = _DIRECTORY.size
+    if at + 2 * roots + pages * _PAGE_ENTRY.size > len(data):
+        raise ValueError("a directory shorter than what it counts")
     names = {0: own, _EMPTY: ""}
     for number in range(1, roots + 1):
         length = int.from_bytes(data[at : at + 2], "little")
@@ -256,14 +257,14 @@ def _decode_page(data: bytes, number: int) -> Page:
     view = memoryview(data)
     packs, segments, references = _PAGE.unpack_from(view, 0)
     at = _PAGE.size + packs * ID_BYTES
-    ids = [bytes(view[o : o + ID_BYTES]) for o in range(_PAGE.size, at, ID_BYTES)]
     end = at + segments * _SEGMENT.size
     if len(view) != end + 4 * references:
         raise ValueError("a page of another length than its segments need")
+    ids = [bytes(view[o : o + ID_BYTES]) for o in range(_PAGE.size, at, ID_BYTES)]
     numbers = iter(struct.unpack_from(f"<{references}I", view, end))
     page: Page = {}
     for in_page, pack, offset, length, digest, count in _SEGMENT.iter_unpack(view[at:end]):
-        if in_page >= SEGMENTS_A_PAGE or length == 0:
+        if in_page >= SEGMENTS_A_PAGE or not 0 < length <= MAX_MAP_BYTES:
             raise ValueError("a segment that cannot be in this page")
         segment = number * SEGMENTS_A_PAGE + in_page
         chosen = tuple(ids[n] for n in itertools.islice(numbers, count))

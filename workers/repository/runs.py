@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import zstandard
 
 from coordinator.model.extent import BLOCK_BYTES
+from workers.repository.expand import expanded
 from workers.repository.keyring import Keyring
 from workers.repository.layout import DamageError, pack_key
 from workers.repository.store.contract import Buffer
@@ -79,17 +80,9 @@ def open_run(stored: Buffer, run: Run, length: int, keyring: Keyring) -> Buffer:
     key = pack_key(run.pack)
     try:
         data = keyring.open(run.pack, run.offset, stored, context_of(keyring.repository, run.digest))
-        block = data if run.raw else _decompressed(data)
-    except (ValueError, zstandard.ZstdError) as error:
+        block = data if run.raw else expanded(data, BLOCK_BYTES)
+    except ValueError as error:
         raise DamageError("a run", key, run.offset, run.length) from error
     if len(block) != length or keyring.digest(block) != run.digest:
         raise DamageError("a run", key, run.offset, run.length)
     return block
-
-
-def _decompressed(data: Buffer) -> bytes:
-    """Never more than a block, whatever the data says."""
-    decompressor: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
-    if decompressor is None:
-        decompressor = _local.decompressor = zstandard.ZstdDecompressor()
-    return decompressor.decompress(data, max_output_size=BLOCK_BYTES)

@@ -14,6 +14,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coordinator.model.extent import BLOCK_BYTES
+from workers.repository.keyring import TAG_BYTES
 from workers.repository.layout import BLOCKS_A_SEGMENT, DIGEST_BYTES, ID_BYTES
 from workers.repository.runs import Run
 from workers.repository.store.contract import Buffer
@@ -24,6 +26,10 @@ _ZERO = 0xFFFF
 _RAW_BIT = 1 << 31
 MAP_DIGEST_BYTES = 16
 """Of a map's plain bytes, truncated: enough to notice any damage, and to find two maps equal."""
+
+MAX_MAP_BYTES = 16 * 1024
+"""Of a stored map: twice what the longest needs."""
+MAX_RUN_BYTES = BLOCK_BYTES + TAG_BYTES
 
 SegmentMap = tuple[Run | None, ...]
 """A run for each block of a segment, None for one that reads as zeroes; shorter for the end of a disk."""
@@ -86,4 +92,6 @@ def decode(data: Buffer) -> SegmentMap:
 
 
 def _run(pack: bytes, offset: int, length: int, digest: bytes) -> Run:
+    if not 0 < length & ~_RAW_BIT <= MAX_RUN_BYTES:
+        raise ValueError("a run that is longer than a block")
     return Run(pack, offset, length & ~_RAW_BIT, bool(length & _RAW_BIT), digest)
