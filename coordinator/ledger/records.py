@@ -32,6 +32,7 @@ OPENED_FIELDS = frozenset(
         "on_parent",
         "pass_root",
         "cut_at",
+        "published",
         "result",
     }
 )

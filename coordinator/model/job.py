@@ -66,7 +66,7 @@ class Verb(enum.StrEnum):
 _ALIVE = frozenset({State.CREATED, State.RUNNING, State.PAUSED, State.READY, State.STANDBY})
 VERBS: dict[Verb, frozenset[State]] = {
     Verb.PAUSE: _ALIVE,
-    Verb.RESUME: _ALIVE,
+    Verb.RESUME: _ALIVE | {State.WAITING},  # where an error policy may have stopped the publication
     Verb.SET_SPEED: _ALIVE | {State.WAITING},
     Verb.COMPLETE: frozenset({State.READY}),
     Verb.CANCEL: _ALIVE | {State.WAITING, State.PENDING, State.ABORTING},  # by force, when a soft one takes too long

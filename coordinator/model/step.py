@@ -326,13 +326,16 @@ def _conclude_abort(job: JobRecord, now: float) -> Step | None:
         return None  # nobody may still write when the job says it is over; a dead mover's lease runs out
     if job.epoch and not job.published and not job.closing:
         return Step("abandons its epoch", {"closing": True}, new_unit=UnitKind.ABANDON, drop_units=True)
-    if job.closing and not job.abandoned and job.units_ready:
+    if job.closing and not job.abandoned and job.units_ready and job.cancel_requested != "force":
         return None  # until it is given up: then the epoch's hold goes stale by itself
     name = EventName.BLOCK_JOB_COMPLETED if job.fatal else EventName.BLOCK_JOB_CANCELLED
     figures = {**_figures(job), "error": job.error} if job.fatal else _figures(job)
+    changes: dict[str, Any] = {"state": State.CONCLUDED, "concluded_at": now}
+    if job.published and not job.fatal:
+        changes["error"] = f"recovery point {job.group}@{job.epoch} was published before the cancel came"
     return Step(
         "failed: " + job.error if job.fatal else "cancelled",
-        {"state": State.CONCLUDED, "concluded_at": now},
+        changes,
         ((name, figures),),
         drop_units=True,
     )

@@ -32,7 +32,7 @@ from workers.mover.engine import Failure, Outcome
 from workers.mover.lease import Lease
 from workers.mover.rate import RateLimit
 from workers.repository.archive import DEPTH, Archive, Stopped
-from workers.repository.collect import condemned_packs
+from workers.repository.collect import condemned_packs, forbidden_packs
 from workers.repository.decisions import HOLD_RENEW_S
 from workers.repository.epochs import Epoch, abandon, collect_maps, open_epoch, publish, reopen, write_disk_root
 from workers.repository.index import NoIndex, RunIndex, SqliteIndex
@@ -56,7 +56,8 @@ class Backups:
         self._open_for = ("", 0)
         self._repository: Repository | None = None
         self._archive: Archive | None = None
-        self._renewed_at = 0.0
+        self._renewed_at = -HOLD_RENEW_S
+        """Monotonic; of the open job's hold."""
 
     def open_first(self, job: JobRecord, claim: Claim, source: Source) -> dict[str, object]:
         """Open the job's epoch, and say what the job's record is to keep. Changes nothing but a hold."""
@@ -96,6 +97,7 @@ class Backups:
         rate = RateLimit(self._ledger, job.id)
 
         def go_on(length: int) -> bool:
+            self._renew_hold(job)  # one slow unit may take hours
             return lease.halt is None and rate.admit(length, lease)
 
         try:
@@ -112,11 +114,14 @@ class Backups:
             self.close()
             where = Extent(claim.start, claim.end - claim.start, Status.DATA)
             return Outcome(failures=[Failure(Side.TARGET, _target_error(error), where)], remaining=extents), ""
-        outcome = Outcome(bytes_read=written.bytes_read, bytes_sent=written.bytes_sent)
+        # Of a source that may change it has to be known whether anything differed, also what needed no storing.
+        sent = written.bytes_changed if job.source_may_change and job.compared else written.bytes_sent
+        outcome = Outcome(bytes_read=written.bytes_read, bytes_sent=sent)
         return outcome, str(written.pack) if written.pack else ""
 
     def settle(self, job: JobRecord, packs: list[str]) -> dict[str, object]:
         """Write the root of this pass; what the job's record is to keep of it."""
+        self._renew_hold(job)
         with self._repository_of(job) as repository:
             epoch = self._epoch(repository, job)
             maps = collect_maps(repository, job.disk, [PackRef.parse(text) for text in packs])
@@ -150,14 +155,16 @@ class Backups:
             )
             return publish(repository, epoch, decision)
 
-    def abandon(self, job: JobRecord) -> None:
-        """End the epoch without result. RefusedError if it was published after all."""
+    def abandon(self, job: JobRecord) -> bool:
+        """End the epoch without result; False if this job has published it after all."""
         why = job.error or "cancelled"
         with self._repository_of(job) as repository:
-            abandon(repository, job.group, job.epoch, f"job {job.id}: {why}")
+            decided = abandon(repository, job.group, job.epoch, f"job {job.id}: {why}")
+            return not (decided.is_point and decided.job == job.id)
 
     def close(self) -> None:
         self._open_for = ("", 0)
+        self._renewed_at = -HOLD_RENEW_S
         archive, self._archive = self._archive, None
         if archive is not None:
             archive.index.close()
@@ -187,6 +194,7 @@ class Backups:
         with self._repository_of(job) as repository:
             if self._archive is None:
                 epoch = self._epoch(repository, job)
+                _check_parent(job, epoch)
                 parent = repository.disk(epoch.parent, job.disk) if epoch.parent else None
                 base = self._base_disk(repository, job, parent)
                 self._archive = Archive(
@@ -210,7 +218,7 @@ class Backups:
             return repository.store.size(pack_key(pack)) is not None
 
         path = self._cache / f"blocks-{repository.id}.sqlite"
-        return SqliteIndex(path, condemned_packs(repository), is_there)
+        return SqliteIndex(path, forbidden_packs(repository), is_there)
 
     def _base_disk(self, repository: Repository, job: JobRecord, parent: PointDisk | None) -> PointDisk | None:
         """What blocks keep that this pass does not cover."""
@@ -221,7 +229,9 @@ class Backups:
     def _base_root(self, repository: Repository, job: JobRecord) -> Root:
         if job.pass_root:
             return Root.load(RootRef.parse(job.pass_root), repository.store, repository.keyring)
-        parent = self._epoch(repository, job).parent_member
+        epoch = self._epoch(repository, job)
+        _check_parent(job, epoch)
+        parent = epoch.parent_member
         if job.on_parent and parent is not None:
             return repository.root(parent)
         return Root.empty(job.disk_size, repository.store, repository.keyring)
@@ -234,6 +244,11 @@ class Backups:
         if time.monotonic() - self._renewed_at < HOLD_RENEW_S:
             return
         with self._repository_of(job) as repository:
+            if repository.decisions.group(job.group).is_decided(job.epoch):
+                raise RefusedError(
+                    f"epoch {job.epoch} of group {job.group!r} was given up while this job was silent",
+                    "submit the job again",
+                )
             repository.decisions.hold(self._epoch(repository, job).hold())
         self._renewed_at = time.monotonic()
 
@@ -312,6 +327,15 @@ def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
     if member.size != size:
         return False, "the disk has changed its size, so all of it was compared"
     return True, "asked for"
+
+
+def _check_parent(job: JobRecord, epoch: Epoch) -> None:
+    """What stands on a point that is gone would read as zeroes wherever nothing was written."""
+    if job.on_parent and not job.pass_root and epoch.parent_member is None:
+        raise RefusedError(
+            f"recovery point {job.parent_epoch} of group {job.group!r}, which this job builds on, is gone",
+            "submit the job again",
+        )
 
 
 def _target_error(error: FlushpointError) -> DiskIOError:

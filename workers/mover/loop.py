@@ -284,7 +284,8 @@ class Mover:
 
     def _abandon(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
         try:
-            self._backups.abandon(job)
+            if not self._backups.abandon(job):
+                self._ledger.opened(job.id, claim.unit_id, claim.token, {"published": True})
         except FlushpointError as error:
             log.warning("cannot abandon an epoch", job=job.id, epoch=job.epoch, error=str(error))
             self._release(claim, remaining="", count_attempt=True)

@@ -46,15 +46,17 @@ class Written:
     pack: PackRef | None
     bytes_read: int
     bytes_sent: int
+    bytes_changed: int
+    """Of all blocks that are now another than in the base: zeroes, and what was stored already, among them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Consecutive blocks to read at once; `parts` are ranges of the disk if only those may be read."""
+    """Consecutive blocks to read at once; of one block only `parts` where given: data, and what reads as zeroes."""
 
     first: int
     count: int
-    parts: tuple[tuple[int, int], ...] = ()
+    parts: tuple[Extent, ...] | None = None
 
 
 Made = list[tuple[int, Squeezed | Run | None]]
@@ -92,7 +94,7 @@ class Archive:
         `go_on` is asked before each read of so many bytes and may wait; False raises Stopped. Errors of the source are
         passed on, and so are StoreError and DamageError of the repository; the pack is then not there.
         """
-        read = sent = 0
+        read = sent = changed = 0
         maps: list[tuple[int, bytes, tuple[bytes, ...]]] = []
         with PackWriter(self.repository.store, self.repository.keyring, self.origin) as pack:
             for segment, made in self._made(source, extents, pool, go_on):
@@ -103,7 +105,8 @@ class Archive:
                         block = pack.add_run(block)
                     segment.runs[index] = block
                 segment.awaited -= len(made)
-                if segment.awaited == 0 and segment.runs != segment.before:
+                if segment.awaited == 0 and segment.is_changed:
+                    changed += segment.bytes_changed()
                     encoded = segment_map.encode(segment.runs) if any(segment.runs) else b""
                     maps.append((segment.number, encoded, segment_map.packs_of(segment.runs)))
             for number, encoded, packs in sorted(maps):  # side by side, so that readers fetch them together
@@ -111,7 +114,7 @@ class Archive:
             pass_point("before-pack")
             ref = pack.close()
         self.index.learn(pack.runs)
-        return Written(ref, read, sent)
+        return Written(ref, read, sent, changed)
 
     def _made(
         self, source: Readable, extents: Sequence[Extent], pool: Executor, go_on: Callable[[int], bool]
@@ -160,7 +163,7 @@ class Archive:
         start = (segment.number * BLOCKS_A_SEGMENT + read.first) * BLOCK_BYTES
         length = min(read.count * BLOCK_BYTES, self.size - start)
         view = memoryview(buffer)[:length]
-        if read.parts:
+        if read.parts is not None:
             self._read_parts(source, start, view, read.parts)
         else:
             source.read_into(start, view)
@@ -185,14 +188,18 @@ class Archive:
             made.append((index, found or squeezer.squeeze(view[at : at + BLOCK_BYTES], digest)))
         return sorted(made, key=lambda pair: pair[0])
 
-    def _read_parts(self, source: Readable, start: int, view: memoryview, parts: Iterable[tuple[int, int]]) -> None:
+    def _read_parts(self, source: Readable, start: int, view: memoryview, parts: Iterable[Extent]) -> None:
         """Only the covered ranges from the source, the rest from the base."""
         if self.base is None:
             view[:] = bytes(len(view))
         else:
             self.base.read_into(start, view)
-        for offset, end in parts:
-            source.read_into(offset, view[offset - start : end - start])
+        for part in parts:
+            piece = view[part.offset - start : part.end - start]
+            if part.reads_as_zeroes:
+                piece[:] = bytes(len(piece))
+            else:
+                source.read_into(part.offset, piece)
 
 
 class _Segment:
@@ -206,6 +213,7 @@ class _Segment:
         before = list(base or ())[:blocks]
         self.before: list[Run | None] = before + [None] * (blocks - len(before))
         self.runs = list(self.before)
+        self._is_damaged = whole
         if whole:  # its map is damaged: all of the segment is read again, and written anew
             pieces = [Extent(number * SEGMENT_BYTES, self._end, Status.DATA)]
         known = base if archive.known is archive.base else _runs_of(archive.known, number)[0]
@@ -213,6 +221,14 @@ class _Segment:
         self.reads = list(self._reads(blocks, archive, pieces))
         self.awaited = sum(read.count for read in self.reads)
         """Blocks that are still to be read."""
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it needs a map: also if the one it has cannot be read."""
+        return self._is_damaged or self.runs != self.before
+
+    def bytes_changed(self) -> int:
+        return sum(self.length_of(n) for n, run in enumerate(self.runs) if run != self.before[n])
 
     def length_of(self, index: int) -> int:
         """Of a block; the disk's last may be short."""
@@ -225,8 +241,8 @@ class _Segment:
             self.runs[index] = None
         run: list[int] = []
         for index in sorted(touched - whole_zeroes):
-            parts = _parts(start + index * BLOCK_BYTES, archive.size, pieces) if archive.exact else ()
-            if parts:
+            parts = _parts(start + index * BLOCK_BYTES, archive.size, pieces) if archive.exact else None
+            if parts is not None:
                 yield _Read(index, 1, parts)
                 continue
             if run and (run[-1] + 1 != index or len(run) == READ_BLOCKS):
@@ -263,15 +279,16 @@ def _coverage(start: int, blocks: int, size: int, pieces: Sequence[Extent]) -> t
     return {index for index, length in enumerate(lengths) if zeroed[index] == length}, touched
 
 
-def _parts(block: int, size: int, pieces: Sequence[Extent]) -> tuple[tuple[int, int], ...]:
-    """What of the block at `block` is covered by data, () if all of it is."""
+def _parts(block: int, size: int, pieces: Sequence[Extent]) -> tuple[Extent, ...] | None:
+    """What of the block at `block` is covered, and how; None if data covers all of it."""
     end = min(block + BLOCK_BYTES, size)
-    covered = [
-        (max(p.offset, block), min(p.end, end))
+    covered = tuple(
+        Extent(max(p.offset, block), min(p.end, end) - max(p.offset, block), p.status)
         for p in pieces
-        if p.offset < end and p.end > block and not p.reads_as_zeroes
-    ]
-    return () if sum(stop - start for start, stop in covered) == end - block else tuple(covered)
+        if p.offset < end and p.end > block
+    )
+    data = sum(part.length for part in covered if not part.reads_as_zeroes)
+    return None if data == end - block else covered
 
 
 def _by_segment(extents: Sequence[Extent], base: PointDisk | None) -> Iterator[tuple[int, list[Extent]]]:

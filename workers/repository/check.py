@@ -15,6 +15,7 @@ from coordinator.model.errors import FlushpointError, RefusedError
 from coordinator.model.point import Decision
 from workers.repository.layout import DISKS, MOVED, PACKS, DamageError, pack_key
 from workers.repository.pack import check_whole, read_tail
+from workers.repository.reach import moved_packs
 from workers.repository.repository import Repository
 from workers.repository.root import PageRef, Root
 from workers.repository.root import check_whole as check_whole_root
@@ -56,8 +57,9 @@ class _Check:
         self._data = data
         self._went_on = went_on
         self.report = Checked()
+        self._groups = repository.decisions.groups()  # before the packs: what a point leads to was there before it
         self._sizes = {info.key: info.size for info in repository.store.list(PACKS)}
-        self._moved = frozenset(bytes.fromhex(i.key.removeprefix(MOVED)) for i in repository.store.list(MOVED))
+        self._moved = frozenset(moved_packs(repository))
         self._seen: dict[PageRef | str, list[Damage]] = {}
         """What a page, root or pack was found to be like, so that each is looked at once."""
         self._used: set[str] = set()
@@ -65,7 +67,7 @@ class _Check:
         self._where = ""
 
     def run(self) -> Checked:
-        for group in self._repository.decisions.groups().values():
+        for group in self._groups.values():
             for epoch in group.present():
                 self._where = f"{group.name}@{epoch}"
                 with self._noting():
@@ -116,6 +118,8 @@ class _Check:
 
     def _look_at_runs(self, disk: str, ref: MapRef) -> None:
         for run in self._repository.fetcher.map(disk, ref):
+            if run is not None and run.pack in self._moved:
+                run = self._repository.relocations.current_run(run, self._moved)
             size = self._sizes.get(pack_key(run.pack)) if run is not None else None
             if run is not None and size is not None and run.offset + run.length > size:
                 raise DamageError("a run beyond the end, wanted", pack_key(run.pack), run.offset, run.length)
@@ -130,7 +134,7 @@ class _Check:
                 for target in record.packs if record is not None else ():
                     if f"{PACKS}{target}" not in self._used:
                         self._look_for_pack(bytes.fromhex(target))
-        elif key not in self._sizes:
+        elif key not in self._sizes and self._repository.store.size(key) is None:
             self._add(f"{key} is missing, and a point leads to it", key)
 
     def _look_at_packs(self) -> None:

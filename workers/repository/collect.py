@@ -31,6 +31,8 @@ from workers.repository.reach import Alive, find_alive, live_points
 from workers.repository.repository import Repository
 from workers.repository.store.contract import MissingObjectError
 
+OpenEpochs = tuple[tuple[str, int], ...]
+"""(group, number) of epochs and compactions that have a hold."""
 STALE_UPLOAD_S = 24 * 3600.0
 """Parts of an upload that nobody finished in a day."""
 _A_SENTENCE = 50_000
@@ -84,13 +86,11 @@ def prune(
     DamageError if something that is alive cannot be read: then nothing more is removed."""
     report = Pruned()
     decisions = repository.decisions
-    holds = decisions.holds()
     if not dry_run:
-        report.abandoned = _abandon_stale(repository, holds)
-        holds = [hold for hold in holds if not hold.is_stale]
+        report.abandoned = _abandon_stale(repository, decisions.holds())
     for name, group in decisions.groups().items():
         if groups is None or name in groups:
-            _retain(repository, group, retention, holds, report, dry_run)
+            _retain(repository, group, retention, report, dry_run)
             went_on()
     if dry_run:
         return report
@@ -101,17 +101,20 @@ def prune(
 
 def collect(repository: Repository, report: Pruned, went_on: Callable[[], None] = lambda: None) -> None:
     """Remove what was condemned before and may go now; condemn what nothing leads to any more."""
-    groups = repository.decisions.groups()  # an epoch that is decided here has its point among those looked at next
-    alive = find_alive(repository, live_points(repository, groups), went_on)
+    # In this order: whoever may refer to something condemned is open here, or decided below, and then its point is
+    # among those looked at. A compaction that is over here has written its records before what is alive is found.
     sentences = [(key, bound(repository, key, one)) for key, one in sentences_of(repository, "remove")]
+    open_now = open_epochs(repository)
+    groups = repository.decisions.groups()
+    alive = find_alive(repository, live_points(repository, groups), went_on)
     for key, sentence in sentences:
-        if may_go(repository, groups, sentence):
+        if may_go(open_now, groups, sentence):
             _execute(repository, key, [k for k in sentence.keys if not _leads_to(alive, k)], report)
     for key, sentence in sentences_of(repository, "shun"):
         if not any(_leads_to(alive, k) for k in sentence.keys):
             repository.store.delete([key])
     known = {k for _, sentence in sentences for k in sentence.keys}
-    for keys in _batches(_dead(repository, groups, alive, known, report)):
+    for keys in _batches(_dead(repository, open_now, groups, alive, known, report)):
         went_on()
         condemn(repository, "remove", keys)
     for group in groups.values():
@@ -125,10 +128,16 @@ def condemned_packs(repository: Repository, kind: str = "") -> frozenset[bytes]:
     return frozenset(bytes.fromhex(key.removeprefix(PACKS)) for key in keys if key.startswith(PACKS))
 
 
-def _retain(
-    repository: Repository, group: Group, retention: Retention, holds: list[Hold], report: Pruned, dry_run: bool
-) -> None:
+def forbidden_packs(repository: Repository) -> frozenset[bytes]:
+    """What the index must not lead a writer to: what is condemned, and what was moved, of which only that went along
+    that was alive then. Looked up in this order, for the one becomes the other."""
+    condemned = condemned_packs(repository)
+    return condemned | {bytes.fromhex(info.key.removeprefix(MOVED)) for info in repository.store.list(MOVED)}
+
+
+def _retain(repository: Repository, group: Group, retention: Retention, report: Pruned, dry_run: bool) -> None:
     points = [(point.epoch, point.cut_at) for point in repository.decisions.points(group)]
+    holds = [hold for hold in repository.decisions.holds() if not hold.is_stale]  # as late as may be
     held = {epoch for hold in holds if hold.group == group.name for epoch in hold.points}
     keep = kept(points, retention, held)
     report.kept[group.name] = keep
@@ -153,17 +162,16 @@ def _abandon_stale(repository: Repository, holds: list[Hold]) -> list[str]:
     return abandoned
 
 
-def _open_epochs(repository: Repository) -> tuple[tuple[str, int], ...]:
+def open_epochs(repository: Repository) -> OpenEpochs:
     return tuple(sorted((hold.group, hold.epoch) for hold in repository.decisions.holds() if hold.kind == "epoch"))
 
 
-def may_go(repository: Repository, groups: dict[str, Group], sentence: Condemned) -> bool:
-    """Whether every epoch that may refer to what was condemned is decided."""
-    open_now = _open_epochs(repository)
+def may_go(open_now: OpenEpochs, groups: dict[str, Group], sentence: Condemned) -> bool:
+    """Whether every epoch that may refer to what was condemned is decided; `open_now` was asked for before `groups`."""
     return all(_is_decided(groups, open_now, epoch) for epoch in sentence.open_epochs or ())
 
 
-def _is_decided(groups: dict[str, Group], open_now: tuple[tuple[str, int], ...], epoch: tuple[str, int]) -> bool:
+def _is_decided(groups: dict[str, Group], open_now: OpenEpochs, epoch: tuple[str, int]) -> bool:
     """A compaction is over when its hold is gone: nothing but moved/ can lead to what it wrote."""
     if epoch[0] == COMPACTION:
         return epoch not in open_now
@@ -181,10 +189,14 @@ def _leads_to(alive: Alive, key: str) -> bool:
 
 
 def _dead(
-    repository: Repository, groups: dict[str, Group], alive: Alive, known: set[str], report: Pruned
+    repository: Repository,
+    open_now: OpenEpochs,
+    groups: dict[str, Group],
+    alive: Alive,
+    known: set[str],
+    report: Pruned,
 ) -> Iterator[str]:
     """Keys that nothing alive leads to, of epochs that are decided, and that are not condemned yet."""
-    open_now = _open_epochs(repository)
     for info in repository.store.list(PACKS):
         if info.key in known or _leads_to(alive, info.key):
             continue
@@ -245,7 +257,7 @@ def bound(repository: Repository, name: str, sentence: Condemned) -> Condemned:
     """The record with its open epochs, looked up now if whoever wrote it did not come to that."""
     if sentence.open_epochs is not None:
         return sentence
-    found = sentence.model_copy(update={"open_epochs": _open_epochs(repository)})
+    found = sentence.model_copy(update={"open_epochs": open_epochs(repository)})
     _write(repository, name, found)
     return found
 

@@ -15,18 +15,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import structlog
 from pyroaring import BitMap
 
 from coordinator.model.errors import RefusedError
+from coordinator.model.extent import BLOCK_BYTES
 from workers.failpoint import pass_point
 from workers.repository import collect
-from workers.repository.decisions import Hold
-from workers.repository.layout import COMPACTION, MOVED, PACKS, DamageError, pack_key
-from workers.repository.pack import Origin, PackWriter, map_context, read_contents, read_tail
-from workers.repository.reach import each_map, each_root, live_points
+from workers.repository.decisions import HOLD_RENEW_S, Hold
+from workers.repository.expand import expanded
+from workers.repository.layout import COMPACTION, PACKS, DamageError, hold_key, pack_key
+from workers.repository.pack import Contents, Origin, PackWriter, map_context, map_digest, read_contents, read_tail
+from workers.repository.reach import each_map, each_root, live_points, moved_packs
 from workers.repository.repository import Repository
 from workers.repository.runs import Squeezed, context_of
 from workers.repository.segment_map import MapRef
+
+log = structlog.get_logger()
 
 LIVE_SHARE = 0.5
 """A pack of which less than this is alive is worth moving: half of what is read and written is gained."""
@@ -83,7 +88,7 @@ def _live(repository: Repository, only: set[bytes] | None, went_on: Callable[[],
     Reads every map once; a roaring bitmap of offsets for each pack.
     """
     found: dict[bytes, _Live] = {}
-    moved = frozenset(bytes.fromhex(info.key.removeprefix(MOVED)) for info in repository.store.list(MOVED))
+    moved = moved_packs(repository).keys()
     relocations = repository.relocations
     groups = repository.decisions.groups()
     for disk, ref in each_map(each_root(repository, live_points(repository, groups))):
@@ -107,10 +112,12 @@ def _live(repository: Repository, only: set[bytes] | None, went_on: Callable[[],
 
 
 def _move_nominated(repository: Repository, report: Compacted, went_on: Callable[[], None]) -> None:
-    groups = repository.decisions.groups()
     ready: dict[str, set[bytes]] = {}
-    for name, sentence in collect.sentences_of(repository, "move"):
-        if collect.may_go(repository, groups, collect.bound(repository, name, sentence)):
+    sentences = [(name, collect.bound(repository, name, one)) for name, one in collect.sentences_of(repository, "move")]
+    open_now = collect.open_epochs(repository)
+    groups = repository.decisions.groups()
+    for name, sentence in sentences:
+        if collect.may_go(open_now, groups, sentence):
             ready[name] = {bytes.fromhex(key.removeprefix(PACKS)) for key in sentence.keys}
     if not ready:
         return
@@ -120,6 +127,7 @@ def _move_nominated(repository: Repository, report: Compacted, went_on: Callable
         for pack in sorted(victims):
             went_on()
             if pack in live:
+                mover.renew()
                 mover.move(pack, live[pack])
         mover.finish()
     repository.store.delete(ready)
@@ -133,11 +141,16 @@ class _Mover:
         self._report = report
         self._number = secrets.randbits(48)
         self._hold_id = f"compaction-{self._number}"
+        self._renewed_at = time.monotonic()
         self._writer: PackWriter | None = None
         self._places: dict[bytes, dict[int, tuple[bytes, int]]] = {}
 
     def __enter__(self) -> _Mover:
-        hold = Hold(
+        self._repository.decisions.hold(self._hold())
+        return self
+
+    def _hold(self) -> Hold:
+        return Hold(
             id=self._hold_id,
             kind="epoch",
             group=COMPACTION,
@@ -145,9 +158,18 @@ class _Mover:
             owner="compaction",
             renewed_at=time.time(),
         )
-        if not self._repository.decisions.announce(hold):
-            raise RefusedError("another compaction has just begun", "run it again later")
-        return self
+
+    def renew(self) -> None:
+        """RefusedError if it was given up meanwhile: what was written here may be collected already."""
+        if time.monotonic() - self._renewed_at < HOLD_RENEW_S:
+            return
+        self._check_hold()
+        self._repository.decisions.hold(self._hold())
+        self._renewed_at = time.monotonic()
+
+    def _check_hold(self) -> None:
+        if self._repository.store.size(hold_key(self._hold_id)) is None:
+            raise RefusedError("the compaction was silent for too long and was given up", "run it again")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._writer is not None:
@@ -159,22 +181,35 @@ class _Mover:
         size = store.size(pack_key(pack))
         if size is None:
             return
-        contents = read_contents(store, repository.keyring, read_tail(store, pack, size))
+        try:
+            contents = read_contents(store, repository.keyring, read_tail(store, pack, size))
+            self._copy(pack, contents, live)
+        except DamageError as error:  # it stays where it is, as it is, for a check to find
+            log.warning("a damaged pack is not moved", error=error.message)
+            return
+        self._report.moved_bytes += live.size
+        self._report.freed_bytes += size - live.size
+
+    def _copy(self, pack: bytes, contents: Contents, live: _Live) -> None:
+        """Everything alive of one pack, each piece compared with its digest; DamageError leaves it unmoved."""
+        repository = self._repository
         places: dict[int, tuple[bytes, int]] = {}
         for run in contents.runs:
             if run.offset not in live.runs:
                 continue
             plain = self._opened(pack, run.offset, run.length, context_of(repository.keyring.repository, run.digest))
+            if not _is_block(repository, plain, run.digest):
+                raise DamageError("a run", pack_key(pack), run.offset, run.length)
             moved = self._room(run.length).add_run(Squeezed(run.digest, plain, raw=True))
             places[run.offset] = (moved.pack, moved.offset)
         for offset, (disk, ref) in live.maps.items():
             context = map_context(repository.keyring.repository, disk, ref.segment)
             plain = self._opened(pack, offset, ref.length, context)
+            if map_digest(repository.keyring, plain) != ref.digest:
+                raise DamageError("a map", pack_key(pack), offset, ref.length)
             new = self._room(ref.length).add_map(disk, ref.segment, plain, ref.packs)
             places[offset] = (new.pack, new.offset)
         self._places[pack] = places
-        self._report.moved_bytes += live.size
-        self._report.freed_bytes += size - live.size
 
     def finish(self) -> None:
         """Close the last pack; then say where everything is."""
@@ -182,9 +217,10 @@ class _Mover:
             self._writer.close()
             self._writer = None
         pass_point("between-packs-and-moved")
+        self._check_hold()
         for pack, places in self._places.items():
-            self._repository.relocations.write(pack, places)
-            self._report.moved_packs += 1
+            if self._repository.relocations.write(pack, places):
+                self._report.moved_packs += 1
             pass_point("between-moved-and-moved")
         self._places.clear()
 
@@ -204,3 +240,13 @@ class _Mover:
             return bytes(self._repository.keyring.open(pack, offset, stored, context))
         except ValueError as error:
             raise DamageError("a run or map", pack_key(pack), offset, length) from error
+
+
+def _is_block(repository: Repository, stored: bytes, digest: bytes) -> bool:
+    """Whether a run, which may be compressed or not, holds the block of that digest."""
+    if repository.keyring.digest(stored) == digest:
+        return True
+    try:
+        return repository.keyring.digest(expanded(stored, BLOCK_BYTES)) == digest
+    except ValueError:
+        return False

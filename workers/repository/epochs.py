@@ -98,6 +98,9 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
             decisions.let_go(epoch.hold_id)
             raise RefusedError(f"somebody else has just opened epoch {first} of group {group!r}", "try again")
         seen = decisions.group(group)  # a prune may have removed the parent before the hold was there
+        if seen.is_decided(number):
+            decisions.let_go(epoch.hold_id)
+            raise RefusedError(f"somebody else has just decided epoch {number} of group {group!r}", "try again")
         if epoch.parent is None or epoch.parent.epoch in seen.present():
             return epoch
         decisions.let_go(epoch.hold_id)
@@ -133,6 +136,12 @@ def publish(repository: Repository, epoch: Epoch, decision: Decision) -> Decisio
     if not decided.is_point or decided.job != decision.job:
         raise RefusedError(
             f"epoch {epoch.number} of group {epoch.group!r} was decided by somebody else: {decided.why or decided.job}",
+            "submit the job again",
+        )
+    retained = repository.decisions.group(epoch.group).retained
+    if retained is not None and not retained.has(epoch.number):
+        raise RefusedError(
+            f"epoch {epoch.number} of group {epoch.group!r} was given up and pruned while its writer was silent",
             "submit the job again",
         )
     repository.decisions.let_go(epoch.hold_id)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from coordinator.model.point import Decision
 from workers.repository.decisions import Group
-from workers.repository.layout import MOVED
+from workers.repository.layout import MOVED, pack_key
 from workers.repository.repository import Repository
 from workers.repository.root import PageRef, Root
 from workers.repository.segment_map import MapRef
@@ -71,14 +71,31 @@ def find_alive(repository: Repository, points: Iterator[Decision], went_on: Call
     return alive
 
 
+def moved_packs(repository: Repository) -> dict[bytes, tuple[bytes, ...]]:
+    """What was moved, and to which packs. A record that leads to a pack that is not there moves nothing: a compaction
+    that slept for too long may write one."""
+    found = {}
+    there: dict[bytes, bool] = {}
+    for info in repository.store.list(MOVED):
+        pack = bytes.fromhex(info.key.removeprefix(MOVED))
+        record = repository.relocations.read(pack)
+        targets = tuple(bytes.fromhex(p) for p in record.packs) if record is not None else ()
+        for target in targets:
+            if target not in there:
+                there[target] = repository.store.size(pack_key(target)) is not None
+        if record is not None:
+            found[pack] = targets
+    # What a target was moved to in its turn may be all that is left of it.
+    return {pack: to for pack, to in found.items() if all(there[target] or target in found for target in to)}
+
+
 def _follow_moves(repository: Repository, alive: Alive) -> None:
-    moved = {bytes.fromhex(info.key.removeprefix(MOVED)) for info in repository.store.list(MOVED)}
-    todo = list(alive.packs & moved)
+    moved = moved_packs(repository)
+    todo = list(alive.packs & moved.keys())
     while todo:
         pack = todo.pop()
         alive.moved.add(pack)
-        record = repository.relocations.read(pack)
-        for target in (bytes.fromhex(p) for p in (record.packs if record else ())):
+        for target in moved[pack]:
             if target not in alive.packs:
                 alive.packs.add(target)
                 todo += [target] if target in moved else []

@@ -14,13 +14,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from workers.repository.keyring import Keyring
-from workers.repository.layout import DamageError, moved_key, pack_key
+from workers.repository.layout import PACKS, DamageError, moved_key, pack_key
 from workers.repository.runs import Run
 from workers.repository.segment_map import MapRef
 from workers.repository.store.contract import MissingObjectError, ObjectStore
 
-MAX_HOPS = 64
-"""What was moved may be moved again; nothing is moved so often."""
+MAX_HOPS = 100_000
+"""What was moved may be moved again. Only a bound for a ring of records, which no compaction makes."""
 
 
 class Moved(BaseModel):
@@ -77,13 +77,21 @@ class Relocations:
             raise DamageError("the record", key)
         return moved
 
-    def write(self, pack: bytes, places: Mapping[int, tuple[bytes, int]]) -> None:
-        """Say where everything alive of `pack` is from now on; the new packs are durable already."""
+    def write(self, pack: bytes, places: Mapping[int, tuple[bytes, int]]) -> bool:
+        """Say where everything alive of `pack` is from now on; the new packs are durable already. False, and nothing is
+        written, if an earlier record says so already and what it leads to is there."""
+        there = self.read(pack)
+        if there is not None and all(self._store.size(f"{PACKS}{to}") is not None for to in there.packs):
+            return False
         packs = list(dict.fromkeys(where for where, _ in places.values()))
         entries = tuple((old, packs.index(where), new) for old, (where, new) in sorted(places.items()))
         moved = Moved(pack=pack.hex(), packs=tuple(p.hex() for p in packs), places=entries)
         sealed = moved.model_copy(update={"seal": self._seal_of(moved)})
-        self._store.put(moved_key(pack), json.dumps(sealed.model_dump(mode="json")).encode())
+        data = json.dumps(sealed.model_dump(mode="json")).encode()
+        if there is None:
+            return self._store.put_if_absent(moved_key(pack), data)
+        self._store.put(moved_key(pack), data)  # over one that leads nowhere
+        return True
 
     def _place(self, pack: bytes, offset: int, length: int) -> tuple[bytes, int]:
         places = self._known.get(pack)
@@ -99,4 +107,4 @@ class Relocations:
 
     def _seal_of(self, moved: Moved) -> str:
         fields = moved.model_dump(mode="json", exclude={"seal"})
-        return self._keyring.digest(json.dumps(fields, sort_keys=True).encode()).hex()
+        return self._keyring.digest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hex()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coordinator.model.errors import RefusedError
 from coordinator.model.extent import BLOCK_BYTES
 from coordinator.model.point import Retention
 from tests.repositories import BytesSource, backup, make_repository, publish_epoch, read_point, write_epoch
-from workers.repository.collect import condemned_packs, prune
+from workers.repository import collect, decisions
+from workers.repository.check import check
+from workers.repository.collect import forbidden_packs, prune, sentences_of
 from workers.repository.compact import compact
 from workers.repository.index import SqliteIndex
 from workers.repository.layout import pack_key
@@ -38,7 +42,7 @@ def index_path(tmp_path: Path) -> Path:
 def index_of(repository: Repository, path: Path) -> SqliteIndex:
     """As a writer opens it, after its hold is there."""
     return SqliteIndex(
-        path, condemned_packs(repository), lambda pack: repository.store.size(pack_key(pack)) is not None
+        path, forbidden_packs(repository), lambda pack: repository.store.size(pack_key(pack)) is not None
     )
 
 
@@ -105,3 +109,98 @@ def test_the_newest_point_and_those_in_use_are_never_pruned(repository: Reposito
     assert "held" in report.kept["g"][4]
     publish_epoch(repository, open_over_newest)
     assert read_point(repository, "g") == content(9, 2)
+
+
+def test_the_index_leads_to_nothing_in_a_pack_that_was_moved(repository: Repository, index_path: Path) -> None:
+    """What was dead in it when it was moved did not go along, though the old pack may still be there."""
+    indexed_backup(repository, "g", content(1), index_path)
+    kept = content(1)[: 2 * BLOCK_BYTES] + content(2)[2 * BLOCK_BYTES :]
+    publish_epoch(repository, write_epoch(repository, "g", BytesSource(kept), "compare"))
+    prune(repository, None, LAST)
+    assert compact(repository).moved_packs == 1
+    again = write_epoch(repository, "h", BytesSource(content(1)), "full", index=index_of(repository, index_path))
+    publish_epoch(repository, again)
+    for _ in range(3):
+        prune(repository, None, LAST)
+    assert check(repository, data=True).damage == []
+    assert read_point(repository, "h") == content(1)
+
+
+def test_a_compaction_that_was_given_up_writes_no_word_of_where_things_went(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup(repository, "g", content(1))
+    kept = content(1)[: 2 * BLOCK_BYTES] + content(2)[2 * BLOCK_BYTES :]
+    publish_epoch(repository, write_epoch(repository, "g", BytesSource(kept), "compare"))
+    prune(repository, None, LAST)
+
+    def silent_for_long(point: str) -> None:
+        if point == "between-packs-and-moved":
+            with monkeypatch.context() as patched:
+                patched.setattr(decisions, "HOLD_TTL_S", 0.0)
+                for _ in range(2):
+                    prune(repository, None, LAST)
+
+    monkeypatch.setattr("workers.repository.compact.pass_point", silent_for_long)
+    with pytest.raises(RefusedError, match="given up"):
+        compact(repository)
+    for _ in range(3):
+        prune(repository, None, LAST)
+    assert read_point(repository, "g") == kept
+
+
+def test_an_epoch_that_is_published_while_a_prune_looks_keeps_what_it_refers_to(
+    repository: Repository, index_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prune before it was killed between its record and the look at who is open."""
+    indexed_backup(repository, "one", content(1), index_path)
+    indexed_backup(repository, "one", content(2), index_path)
+    sleeping = write_epoch(repository, "two", BytesSource(content(1)), "full", index=index_of(repository, index_path))
+    assert sleeping.sent == 0
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(collect, "bound", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(repository, None, LAST)
+
+    found = collect.find_alive
+
+    def published_meanwhile(*arguments: Any) -> Any:
+        alive = found(*arguments)
+        if not repository.decisions.group("two").decided:
+            publish_epoch(repository, sleeping)
+        return alive
+
+    monkeypatch.setattr(collect, "find_alive", published_meanwhile)
+    for _ in range(3):
+        prune(repository, None, LAST)
+    assert read_point(repository, "two") == content(1)
+
+
+def test_an_epoch_that_was_abandoned_and_pruned_is_not_said_to_be_published(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup(repository, "g", content(1, 2))
+    sleeping = write_epoch(repository, "g", BytesSource(content(2, 2)), "full")
+    with monkeypatch.context() as patched:
+        patched.setattr(decisions, "HOLD_TTL_S", 0.0)
+        prune(repository, None, LAST)
+    with pytest.raises(RefusedError, match="given up"):
+        publish_epoch(repository, sleeping)
+    assert repository.decisions.point("g", 0).epoch == 1
+
+
+def test_compaction_moves_no_damage(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", content(1))
+        (pack,) = repository.store.list("packs/")
+        path = tmp_path / "r" / pack.key
+        broken = bytearray(path.read_bytes())
+        broken[1000] ^= 1
+        path.write_bytes(broken)
+        assert compact(repository, live_share=1.1).moved_packs == 0
+        assert any(pack.key in damage.message for damage in check(repository, data=True).damage)
+        assert [s for _, s in sentences_of(repository)] == []

@@ -132,6 +132,20 @@ def test_a_segment_whose_map_is_damaged_is_copied_anew_by_the_next_epoch(tmp_pat
         assert read_point(repository, "g") == data
 
 
+def test_a_damaged_map_over_what_is_zeroes_now_is_written_anew(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"a" * 100_000)
+        (pack,) = repository.store.list("packs/")
+        (stored,) = read_contents(repository.store, repository.keyring, read_tail_of(repository, pack)).maps
+        path = tmp_path / "r" / pack.key
+        broken = bytearray(path.read_bytes())
+        broken[stored.ref.offset + 9] ^= 1
+        path.write_bytes(broken)
+    with Repository.open(local_uri(tmp_path / "r"), ACCESS) as repository:
+        backup(repository, "g", bytes(100_000), "compare")
+        assert read_point(repository, "g") == bytes(100_000)
+
+
 def read_tail_of(repository: Repository, pack: ObjectInfo) -> PackRef:
     return read_tail(repository.store, bytes.fromhex(pack.key.removeprefix("packs/")), pack.size)
 

@@ -24,7 +24,7 @@ from tests.repositories import BytesSource, Written, publish_epoch, write_epoch
 from workers.access import Access
 from workers.repository import keyring
 from workers.repository.check import check
-from workers.repository.collect import condemned_packs, prune
+from workers.repository.collect import forbidden_packs, prune
 from workers.repository.compact import compact
 from workers.repository.epochs import abandon, publish
 from workers.repository.index import SqliteIndex
@@ -101,7 +101,7 @@ class Histories(RuleBasedStateMachine):
         disk = self.disks[group]
         index = SqliteIndex(
             self.directory / "index",
-            condemned_packs(self.repository),
+            forbidden_packs(self.repository),
             lambda pack: self.repository.store.size(pack_key(pack)) is not None,
         )
         extents = disk.dirty_extents() if kind == "dirty" else disk.extents()
