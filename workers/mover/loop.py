@@ -295,7 +295,7 @@ class Mover:
     def _do_task(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
         assert job.spec.task is not None
         try:
-            result = chores.run(job.spec.task, self._disks.access, lease.assert_held)
+            result = chores.run(job.spec.task, job.id, self._disks.access, lease.assert_held)
         except chores.FoundDamageError as error:
             self._ledger.opened(job.id, claim.unit_id, claim.token, {"result": json.dumps(error.result)})
             raise OpenError(Side.SOURCE, error) from error

@@ -33,11 +33,11 @@ class FoundDamageError(DamageError):
         self.result = asdict(report)
 
 
-def run(task: RepositoryTask, access: Access, went_on: WentOn) -> dict[str, Any]:
+def run(task: RepositoryTask, job_id: str, access: Access, went_on: WentOn) -> dict[str, Any]:
     """Do a task. `went_on` is called now and then and may raise to break off; errors are those of the repository."""
     uri = parse_repository(task.repository).repository
     if task.kind is TaskKind.INIT:
-        return _init(uri, access, task.level)
+        return _init(uri, access, task.level, job_id)
     with Repository.open(uri, access) as repository:
         match task.kind:
             case TaskKind.CHECK:
@@ -66,7 +66,7 @@ def _scan(repository: Repository, names: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _init(uri: RepositoryUri, access: Access, level: int) -> dict[str, Any]:
+def _init(uri: RepositoryUri, access: Access, level: int, job_id: str) -> dict[str, Any]:
     if uri.kind == "file":
         Path(access.check_path(uri.path, must_exist=False)).mkdir(exist_ok=True)
     store = allowed_store(uri, access)
@@ -79,7 +79,7 @@ def _init(uri: RepositoryUri, access: Access, level: int) -> dict[str, Any]:
             f"{store.name} cannot hold a repository: {'; '.join(findings.cannot)}",
             "use a store with conditional PUT (If-None-Match) and read-after-write",
         )
-    with Repository.init(uri, access, level) as repository:
+    with Repository.init(uri, access, level, job_id) as repository:
         return {"id": repository.id, "encrypted": repository.record.encrypted, "store": asdict(findings)}
 
 

@@ -27,6 +27,8 @@ from workers.repository.store.contract import MissingObjectError, ObjectStore
 HOLD_TTL_S = 3600.0
 """A hold that was not renewed for this long binds nobody: its owner is dead, or asleep beyond any lease."""
 HOLD_RENEW_S = 300.0
+POINTS_TRIED = 3
+"""How often a point may be pruned between being found and being held."""
 _POINT = re.compile(rf"{GROUPS}(?P<group>[^/]+)/points/(?P<epoch>\d{{10,}})\.json")
 _RETAINED = re.compile(rf"{GROUPS}(?P<group>[^/]+)/retained/(?P<number>\d{{10,}})\.json")
 
@@ -172,6 +174,17 @@ class Decisions:
     def hold(self, hold: Hold) -> None:
         """Write or renew a hold."""
         self._store.put(hold_key(hold.id), self._sealed(hold))
+
+    def hold_point(self, name: str, epoch: int, hold_id: str, owner: str) -> tuple[Decision, Hold]:
+        """A recovery point, and the hold by which it stays one while somebody reads it. NotFoundError, as `point`."""
+        for _ in range(POINTS_TRIED):
+            point = self.point(name, epoch)
+            hold = Hold(id=hold_id, kind="read", group=name, points=(point.epoch,), owner=owner, renewed_at=time.time())
+            self.hold(hold)
+            if point.epoch in self.group(name).present():  # a prune may have come between
+                return point, hold
+            self.let_go(hold_id)
+        raise RefusedError(f"the points of group {name!r} are pruned as fast as they are read", "try again")
 
     def announce(self, hold: Hold) -> bool:
         """Write a hold that nobody may have written before; False if somebody has."""

@@ -43,6 +43,8 @@ class RepositoryRecord(BaseModel):
     compression_level: int = Field(ge=1, le=22)
     encrypted: bool
     created_at: float
+    made_by: str = ""
+    """The job that made it, which may be done again after a crash."""
 
 
 class Repository:
@@ -68,11 +70,15 @@ class Repository:
             raise
 
     @classmethod
-    def init(cls, uri: RepositoryUri, access: Access, level: int = DEFAULT_LEVEL) -> Self:
-        """Make an empty repository, encrypted if the URI names a key. RefusedError if there is one."""
+    def init(cls, uri: RepositoryUri, access: Access, level: int = DEFAULT_LEVEL, made_by: str = "") -> Self:
+        """Make an empty repository, encrypted if the URI names a key. RefusedError if there is one that was not made
+        by the job `made_by` itself."""
         store = allowed_store(uri, access)
         try:
             if store.size(REPOSITORY_KEY) is not None:
+                there = _record(store)
+                if made_by and there.made_by == made_by:
+                    return cls(store, there, _keyring(store, there, uri, access))
                 raise RefusedError(f"there is a repository at {store.name} already", "use it, or name another place")
             record = RepositoryRecord(
                 format=FORMAT,
@@ -82,6 +88,7 @@ class Repository:
                 compression_level=level,
                 encrypted=uri.key != "",
                 created_at=time.time(),
+                made_by=made_by,
             )
             if uri.key:
                 keys.new_keys(store, keys.resolve_secret(uri.key, access))

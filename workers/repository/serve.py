@@ -62,9 +62,9 @@ def _serve(uri: RepositoryUri, given: argparse.Namespace, access: Access) -> Non
     signal.signal(signal.SIGINT, stop)
     with contextlib.ExitStack() as stack:
         repository = stack.enter_context(Repository.open(uri.repository, access))
-        point = repository.decisions.point(uri.group, uri.point)
-        hold = _hold(point)
-        repository.decisions.hold(hold)
+        point, hold = repository.decisions.hold_point(
+            uri.group, uri.point, f"serve-{secrets.token_hex(8)}", f"flushpoint serve on {socket.gethostname()}"
+        )
         stack.callback(_let_go, repository, hold)
         exports = _exports(stack, repository, point, given.disk, given.writable, access)
         endpoint = _endpoint(stack, given.socket, given.listen)
@@ -74,8 +74,9 @@ def _serve(uri: RepositoryUri, given: argparse.Namespace, access: Access) -> Non
         for name in exports:
             print(_uri_of(endpoint, port, name), flush=True)
         while not stopped.wait(HOLD_RENEW_S):
-            hold = hold.model_copy(update={"renewed_at": time.time()})
-            repository.decisions.hold(hold)
+            renewed = hold.model_copy(update={"renewed_at": time.time()})
+            with contextlib.suppress(FlushpointError):  # a guest may run on it; the hold is good for an hour
+                repository.decisions.hold(renewed)
 
 
 def _exports(
@@ -99,17 +100,6 @@ def _exports(
         stack.callback(overlay.close)
         exports[below.name] = overlay
     return exports
-
-
-def _hold(point: Decision) -> Hold:
-    return Hold(
-        id=f"serve-{secrets.token_hex(8)}",
-        kind="read",
-        group=point.group,
-        points=(point.epoch,),
-        owner=f"flushpoint serve on {socket.gethostname()}",
-        renewed_at=time.time(),
-    )
 
 
 def _let_go(repository: Repository, hold: Hold) -> None:

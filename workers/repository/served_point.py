@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -45,8 +44,8 @@ class ServedPoint:
 class Overlay:
     """A point that can be written: blocks that were written are in a sparse file, with a bit each in another.
 
-    Both files are kept: served again over them, the disk is as it was left. A flush syncs the data before the bits, so
-    a block whose bit survives a power failure is whole.
+    Both files are kept: served again over them, the disk is as it was left. Bits reach their file in a flush, after the
+    data was synced, so a block whose bit survives a power failure is whole.
     """
 
     read_only = False
@@ -67,7 +66,9 @@ class Overlay:
         except BaseException:
             os.close(self._data)
             raise
-        self._bits = mmap.mmap(self._bits_file, max(1, blocks))
+        self._bits = bytearray(os.pread(self._bits_file, max(1, blocks), 0))
+        self._new: set[int] = set()
+        """Blocks whose bit is not in the file yet."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         for start, end, written in self._pieces(offset, len(buffer)):
@@ -92,10 +93,13 @@ class Overlay:
             number = at // BLOCK_BYTES
             stop = min(end, (number + 1) * BLOCK_BYTES)
             with self._locks[number % _STRIPES]:
-                if not self._bits[number]:
+                first = not self._bits[number]
+                if first:
                     self._bring_up(number, whole=stop - at == self._length_of(number))
                 self._pwrite(at, data[at - offset : stop - offset])
-                self._bits[number] = 1
+                if first:
+                    self._bits[number] = 1
+                    self._new.add(number)
             at = stop
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool) -> None:
@@ -111,16 +115,18 @@ class Overlay:
 
     def flush(self) -> None:
         try:
+            new = sorted(self._new.copy())
             os.fsync(self._data)
-            self._bits.flush()
+            for number in new:
+                os.pwrite(self._bits_file, b"\1", number)
             os.fsync(self._bits_file)
+            self._new.difference_update(new)
         except OSError as error:
             raise _local_error(error, -1, 0) from error
 
     def close(self) -> None:
         with contextlib.suppress(DiskIOError):
             self.flush()
-        self._bits.close()
         os.close(self._bits_file)
         os.close(self._data)
 

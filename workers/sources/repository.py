@@ -16,7 +16,7 @@ from coordinator.model.job import Sync
 from coordinator.model.repository_uri import RepositoryUri
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
-from workers.repository.decisions import HOLD_RENEW_S, Hold
+from workers.repository.decisions import HOLD_RENEW_S
 from workers.repository.layout import DamageError
 from workers.repository.repository import Repository
 from workers.sources.identity import Identity
@@ -47,16 +47,9 @@ class RepositorySource:
             raise RefusedError(f"{uri} names no group", "add ?group=NAME, or name the point as GROUP@POINT")
         self._repository = Repository.open(uri.repository, access)
         try:
-            point = self._repository.decisions.point(uri.group, uri.point)
-            self._hold = Hold(
-                id=f"read-{secrets.token_hex(8)}",
-                kind="read",
-                group=uri.group,
-                points=(point.epoch,),
-                owner=f"a reader on {socket.gethostname()}",
-                renewed_at=time.time(),
+            point, self._hold = self._repository.decisions.hold_point(
+                uri.group, uri.point, f"read-{secrets.token_hex(8)}", f"a reader on {socket.gethostname()}"
             )
-            self._repository.decisions.hold(self._hold)
             self._disk = self._repository.disk(point, uri.disk)
         except BaseException:
             self._repository.close()
@@ -76,8 +69,8 @@ class RepositorySource:
             raise _read_error(error, offset, length) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._renew()
         try:
+            self._renew()
             self._disk.read_into(offset, buffer)
         except FlushpointError as error:
             raise _read_error(error, offset, len(buffer)) from error

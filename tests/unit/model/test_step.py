@@ -84,6 +84,25 @@ def test_an_aborted_epoch_is_abandoned_before_the_job_concludes(why: dict[str, o
     assert step_of(published).changes["state"] is State.CONCLUDED
 
 
+def test_a_publication_that_a_policy_stopped_is_resumed() -> None:
+    stopped = settled(state=State.WAITING, epoch=3, pause_requested=True, units_quarantined=1)
+    assert next_step(stopped, NOW) is None
+    resumed = after(stopped, apply_verb(stopped, Verb.RESUME, VerbArguments()))
+    assert step_of(resumed.model_copy(update={"units_quarantined": 0})).new_unit is UnitKind.PUBLISH
+
+
+def test_a_forced_cancel_waits_for_no_worker_to_abandon_the_epoch() -> None:
+    closing = job(state=State.ABORTING, epoch=3, closing=True, units_ready=1, cancel_requested="soft")
+    assert next_step(closing, NOW) is None
+    forced = closing.model_copy(update={"cancel_requested": "force"})
+    assert step_of(forced).changes["state"] is State.CONCLUDED
+
+
+def test_a_cancel_that_came_after_the_publication_says_so() -> None:
+    record = job(state=State.ABORTING, epoch=3, group="shop", published=True, cancel_requested="soft")
+    assert "shop@3 was published" in step_of(record).changes["error"]
+
+
 def test_an_incremental_job_starts_with_a_comparing_pass() -> None:
     assert step_of(job(sync=Sync.INCREMENTAL)).sentence == "starts with a compare pass"
 
