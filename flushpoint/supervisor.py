@@ -219,7 +219,7 @@ def environment(state: StateDir, environ: Mapping[str, str]) -> dict[str, str]:
     return {
         **environ,
         **({"FLUSHPOINT_CONFIG": str(Path(config).absolute())} if config else {}),
-        "FLUSHPOINT_DEFAULTS": json.dumps(DEFAULTS),
+        "FLUSHPOINT_DEFAULTS": json.dumps({**DEFAULTS, "cache_dir": str(state.path / "cache")}),
         "FLUSHPOINT_STATE_DIR": str(state.path),
         "FLUSHPOINT_REDIS_URL": f"unix://{valkey}?db=0",
         "FLUSHPOINT_BROKER_URL": f"redis+socket://{valkey}?virtual_host=1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -109,6 +110,20 @@ def test_jobs_outlive_the_stack(state: StateDir, tmpfs_path: Path) -> None:
     assert embedded.stop()
     with Client(embedded.ensure_running()) as client:
         assert client.job(job.id).state is State.CONCLUDED
+
+
+def test_the_stack_stores_equal_blocks_of_two_disks_once(state: StateDir, tmpfs_path: Path) -> None:
+    """By the index that it keeps in its state directory."""
+    repository = f"repo+file://{tmpfs_path}/repository"
+    assert flushpoint("repository", "init", repository).returncode == 0
+    disks = [random_disk(tmpfs_path / "one.raw", 4 * MIB), tmpfs_path / "two.raw"]
+    disks[1].write_bytes(disks[0].read_bytes())
+    sent = []
+    for disk in disks:
+        done = flushpoint("mirror", str(disk), repository, "--json")
+        assert done.returncode == 0, done.stderr
+        sent.append(json.loads(done.stdout)["bytes_sent"])
+    assert sent == [4 * MIB, 0]
 
 
 def test_the_first_job_after_down_waits_for_nobody(state: StateDir, tmpfs_path: Path) -> None:
