@@ -108,10 +108,14 @@ def _because(job: JobView) -> str:
 
 def _what_is_left(job: JobView) -> str:
     """Before source and target were found fit for each other nothing is written, and the name may be anybody's disk."""
+    if job.published:
+        return f"Recovery point {job.group}@{job.epoch} had been published before"
     if job.epoch:
         return f"No recovery point of group {job.group} was published"
+    if job.spec.task is not None:
+        return f"Look at {job.spec.task.repository} with: flushpoint repository check"
     if job.spec.target == NOWHERE:
-        return f"{job.spec.source} is not sound"
+        return f"{job.spec.source} was not found sound"
     return f"{job.spec.target} is no whole copy" if job.disk_size else f"Nothing was copied to {job.spec.target}"
 
 

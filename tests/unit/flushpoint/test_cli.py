@@ -105,6 +105,20 @@ def test_a_disk_that_was_never_written_is_not_called_a_copy(
     assert "no whole copy" not in err
 
 
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"epoch": 3, "group": "shop"}, "No recovery point of group shop was published"),
+        ({"epoch": 3, "group": "shop", "published": True}, "Recovery point shop@3 had been published before"),
+    ],
+)
+def test_what_became_of_a_recovery_point_is_told_when_its_job_is_cancelled(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], record: dict[str, Any], told: str
+) -> None:
+    api.add("feed", {"state": State.CONCLUDED, "cancel_requested": "soft", "disk_size": 4096, **record})
+    assert run(capsys, "mirror", "/a", "/b")[2].endswith(f". {told}\n")
+
+
 def test_what_several_passes_copied_is_told_with_their_number(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     api.add("feed", {**DONE, "pass_number": 2})
     assert run(capsys, "mirror", "/a", "/b")[2] == (
