@@ -30,7 +30,8 @@ class Member(BaseModel):
     """The epoch it was made from; 0: none."""
     bytes_read: int = 0
     bytes_sent: int = 0
-    """Bytes of blocks that were stored because they were new, before compression."""
+    """Bytes of blocks that were stored because they were new, before compression; of a source that changed meanwhile
+    also of those that needed no storing."""
 
 
 class Decision(BaseModel):

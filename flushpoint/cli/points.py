@@ -17,7 +17,7 @@ from coordinator.model.job import JobSpec, Sync
 from coordinator.model.point import Decision, Retention
 from coordinator.model.repository_uri import LATEST, RepositoryUri, parse_repository
 from coordinator.model.task import RepositoryTask, TaskKind
-from coordinator.model.uri import NOWHERE, absolute
+from coordinator.model.uri import FORMATS, NOWHERE, absolute
 from coordinator.model.view import JobView
 from flushpoint.cli import output, session, waiting
 
@@ -33,7 +33,6 @@ RepositoryOption = Annotated[
 ]
 PointArgument = Annotated[str, typer.Argument(metavar="GROUP[@POINT]", help="A point; without @POINT the newest.")]
 DiskOption = Annotated[str, typer.Option("--disk", metavar="VM/DISK", help="Only this disk of the point.")]
-_ENDINGS = {"raw": "raw", "qcow2": "qcow2"}
 
 
 def register(app: typer.Typer) -> None:
@@ -86,7 +85,7 @@ def restore(
     """Copy the disks of a recovery point back, checking the digest of every block on the way."""
     from flushpoint.cli.mirror import parse_rate
 
-    if image_format not in _ENDINGS:
+    if image_format not in FORMATS:
         raise UsageError(f"{image_format!r} is no format of a file", "write raw or qcow2")
     uri, chosen = _chosen(repository, point, disk)
     places = _places(to, [m.disk for m in chosen.members if disk in ("", m.disk)], image_format)
@@ -236,7 +235,7 @@ def _places(to: list[str], disks: list[str], image_format: str) -> dict[str, str
         place = rest[0]
         if Path(place).is_dir() or place.endswith("/") or len(disks) > 1:
             Path(place).mkdir(parents=True, exist_ok=True)
-            place = str(Path(place) / f"{disk.replace('/', '-')}.{_ENDINGS[image_format]}")
+            place = str(Path(place) / f"{disk.replace('/', '-')}.{image_format}")
         mapped[disk] = place
     return {disk: absolute(place, here) for disk, place in mapped.items()}
 

@@ -1,6 +1,6 @@
 """The structure of a repository, looked at from end to end: everything that points lead to is there and is whole.
 
-It reads decisions, roots, pages and, with `maps`, every map; with `data`, every pack. It changes nothing and stops at
+It reads decisions, roots, pages and every map; with `data`, every pack. It changes nothing and stops at
 nothing: damage is located and named, and the rest is looked at all the same.
 """
 
@@ -51,9 +51,8 @@ class Checked:
 
 
 class _Check:
-    def __init__(self, repository: Repository, maps: bool, data: bool, went_on: Callable[[], None]) -> None:
+    def __init__(self, repository: Repository, data: bool, went_on: Callable[[], None]) -> None:
         self._repository = repository
-        self._maps = maps
         self._data = data
         self._went_on = went_on
         self.report = Checked()
@@ -113,8 +112,7 @@ class _Check:
                 return  # said already
             if size is not None and ref.offset + ref.length > size:
                 raise DamageError("a map beyond the end, wanted", pack_key(ref.pack), ref.offset, ref.length)
-            if self._maps:
-                self._look_at_runs(disk, ref)
+            self._look_at_runs(disk, ref)
 
     def _look_at_runs(self, disk: str, ref: MapRef) -> None:
         for run in self._repository.fetcher.map(disk, ref):
@@ -197,8 +195,6 @@ class _Check:
             self.report.damage.append(Damage(message, key, where))
 
 
-def check(
-    repository: Repository, *, maps: bool = True, data: bool = False, went_on: Callable[[], None] = lambda: None
-) -> Checked:
+def check(repository: Repository, *, data: bool = False, went_on: Callable[[], None] = lambda: None) -> Checked:
     """Look at everything points lead to; `data` also reads every pack and compares its digest, which needs no key."""
-    return _Check(repository, maps, data, went_on).run()
+    return _Check(repository, data, went_on).run()

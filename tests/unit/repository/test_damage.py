@@ -23,9 +23,8 @@ from workers.access import Access
 from workers.repository.check import check
 from workers.repository.collect import condemn
 from workers.repository.layout import DamageError, pack_key
-from workers.repository.pack import PackRef, read_contents, read_tail
+from workers.repository.pack import read_contents, read_tail
 from workers.repository.repository import Repository
-from workers.repository.store.contract import ObjectInfo
 
 ACCESS = Access(["/"], [])
 
@@ -120,12 +119,7 @@ def test_a_segment_whose_map_is_damaged_is_copied_anew_by_the_next_epoch(tmp_pat
     data = b"a" * 100_000
     with make_repository(tmp_path / "r") as repository:
         backup(repository, "g", data)
-        (pack,) = repository.store.list("packs/")
-        (stored,) = read_contents(repository.store, repository.keyring, read_tail_of(repository, pack)).maps
-        path = tmp_path / "r" / pack.key
-        broken = bytearray(path.read_bytes())
-        broken[stored.ref.offset + 9] ^= 1
-        path.write_bytes(broken)
+        break_the_map(repository, tmp_path / "r")
     with Repository.open(local_uri(tmp_path / "r"), ACCESS) as repository:
         changed = [Extent(65536, len(data) - 65536, Status.DIRTY)]
         publish_epoch(repository, write_epoch(repository, "g", BytesSource(data), "dirty", extents=changed))
@@ -135,19 +129,21 @@ def test_a_segment_whose_map_is_damaged_is_copied_anew_by_the_next_epoch(tmp_pat
 def test_a_damaged_map_over_what_is_zeroes_now_is_written_anew(tmp_path: Path) -> None:
     with make_repository(tmp_path / "r") as repository:
         backup(repository, "g", b"a" * 100_000)
-        (pack,) = repository.store.list("packs/")
-        (stored,) = read_contents(repository.store, repository.keyring, read_tail_of(repository, pack)).maps
-        path = tmp_path / "r" / pack.key
-        broken = bytearray(path.read_bytes())
-        broken[stored.ref.offset + 9] ^= 1
-        path.write_bytes(broken)
+        break_the_map(repository, tmp_path / "r")
     with Repository.open(local_uri(tmp_path / "r"), ACCESS) as repository:
         backup(repository, "g", bytes(100_000), "compare")
         assert read_point(repository, "g") == bytes(100_000)
 
 
-def read_tail_of(repository: Repository, pack: ObjectInfo) -> PackRef:
-    return read_tail(repository.store, bytes.fromhex(pack.key.removeprefix("packs/")), pack.size)
+def break_the_map(repository: Repository, directory: Path) -> None:
+    """Flip a byte of the one map in the one pack."""
+    (pack,) = repository.store.list("packs/")
+    footer = read_tail(repository.store, bytes.fromhex(pack.key.removeprefix("packs/")), pack.size)
+    (stored,) = read_contents(repository.store, repository.keyring, footer).maps
+    path = directory / pack.key
+    broken = bytearray(path.read_bytes())
+    broken[stored.ref.offset + 9] ^= 1
+    path.write_bytes(broken)
 
 
 def test_a_missing_pack_is_named_by_check_and_by_a_reader(tmp_path: Path) -> None:
