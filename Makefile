@@ -16,7 +16,7 @@ help:
 	@echo "make demo     mirror a qcow2 disk to an NBD server and a file, change a part, mirror that part"
 	@echo "make test     everything that must pass before a change lands"
 	@echo "make check    lint, types, import arrows"
-	@echo "make bench    measure against nbdcopy and qemu-img; writes docs/bench"
+	@echo "make bench    measure against nbdcopy, qemu-img, s5cmd, rclone and cp; writes docs/bench"
 	@echo "make format   let ruff format and fix"
 	@echo "make lock     renew requirements.lock after a change in pyproject.toml (UPGRADE=1: newest versions)"
 	@echo "make venv     the virtual environment alone;  make system  the system packages alone"
@@ -47,7 +47,8 @@ test: check system
 demo: $(READY) system
 	python -m tests.demo.run
 
-bench: $(READY) system
+bench: $(READY)
+	@config/setup.sh bench
 	python -m tests.bench.run $(BENCH_OPTIONS)
 
 format: $(READY)

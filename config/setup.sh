@@ -3,6 +3,7 @@
 #
 #   config/setup.sh venv DIR     a virtual environment with exactly the packages of requirements.lock
 #   config/setup.sh system       the programs that tests and the demo use, through apt where allowed
+#   config/setup.sh bench        what the bench uses beside them
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -133,6 +134,7 @@ venv() {
 
 case "${1:-}" in
     system) system ;;
+    bench) programs+=(rclone:rclone) && system ;;
     venv) venv "${2:?name the directory of the virtual environment}" ;;
-    *) die "usage: config/setup.sh system | venv DIR" ;;
+    *) die "usage: config/setup.sh system | bench | venv DIR" ;;
 esac

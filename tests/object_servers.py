@@ -22,6 +22,14 @@ from coordinator.model.repository_uri import RepositoryUri, parse_repository
 
 START_S = 30.0
 ACCESS_KEY, SECRET_KEY = "flushpoint-tests", "not-a-secret-of-anybody"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
 _SHM = Path("/dev/shm")
 
 
@@ -34,13 +42,7 @@ class ObjectServer:
 
     @property
     def env(self) -> dict[str, str]:
-        return {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        }
+        return ENVIRONMENT
 
     def uri(self, bucket: str, prefix: str, options: str = "") -> RepositoryUri:
         """`options` as in a URI: ``lock-mode=GOVERNANCE&lock-days=1``."""

@@ -18,7 +18,7 @@ from coordinator.logs import configure_logs
 from coordinator.model.errors import FlushpointError
 from coordinator.model.messages import MOVER_ROLE
 from coordinator.settings import Settings, load_settings
-from workers.app import make_worker_app, worker_name
+from workers.app import hold_little_memory, make_worker_app, worker_name
 
 ALIVE_EVERY_S = 2.0
 ALIVE_TTL_MS = 8000
@@ -59,6 +59,7 @@ class Presence:
 
 
 def main() -> int:
+    hold_little_memory()
     configure_logs("worker")
     try:
         settings = load_settings()

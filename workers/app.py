@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
 import os
 import socket
@@ -14,6 +16,8 @@ from coordinator.logs import configure_logs
 from coordinator.model.messages import DOORBELL_TASK
 from coordinator.settings import Settings
 from workers.tasks import Doorman
+
+_M_ARENA_MAX = -8  # <malloc.h>
 
 
 def make_worker_app(settings: Settings) -> Celery:
@@ -33,9 +37,18 @@ def make_worker_app(settings: Settings) -> Celery:
     return app
 
 
+def hold_little_memory() -> None:
+    """Before any thread is started. A thread's freed buffers, megabytes each, would otherwise stay in an arena of its
+    own, for which every page is faulted in anew: a restore took three times the memory and a fifth more time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has neither it nor arenas
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
 def worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _start_child(**_: object) -> None:
+    gc.freeze()  # what the parent has made stays for ever: nobody need look at it again and again
     configure_logs("mover")

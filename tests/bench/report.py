@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from tests.demo.lab import MIB, run
 
 _BULK = {"nbd_to_nbd": "NBD to NBD", "nbd_to_file": "NBD to file"}
+_BACKUPS = {"to_s3": "file to S3", "from_s3": "S3 to file", "to_directory": "file to directory"}
 
 
 def machine() -> dict[str, Any]:
@@ -29,6 +31,9 @@ def machine() -> dict[str, Any]:
         "qemu": run(["qemu-img", "--version"]).stdout.splitlines()[0].partition(" (")[0],
         "nbdcopy": run(["nbdcopy", "--version"]).stdout.splitlines()[0],
         "nbdkit": run(["nbdkit", "--version"]).stdout.splitlines()[0],
+        "seaweedfs": run([Path(sys.executable).with_name("weed"), "version"]).stdout.strip(),
+        "s5cmd": run(["s5cmd", "version"]).stdout.strip(),
+        "rclone": run(["rclone", "version"]).stdout.splitlines()[0],
     }
 
 
@@ -43,7 +48,11 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(
         f"{facts['cpus']} × {facts['cpu']}, Linux {facts['kernel']}, Python {facts['python']}, {facts['qemu']}"
     )
-    _show_bulk(results["bulk"], console)
+    for key, title in _BULK.items():
+        _show_bulk(title, results["bulk"][key], console)
+    for kind in ("incompressible", "compressible"):
+        for key, title in _BACKUPS.items():
+            _show_bulk(f"{kind} {title}", results["backups"][kind][key], console)
     table = Table(title="the rest", show_header=False)
     table.add_column("what")
     table.add_column("figure", justify="right")
@@ -69,7 +78,21 @@ def show(results: dict[str, Any], console: Console) -> None:
         f"empty disk, submit to concluded, median of {len(fixed['seconds'])}",
         f"{fixed['median_seconds'] * 1000:.0f} ms",
     )
-    table.add_row("largest memory of a mover, over all of this", f"{results['mover_peak_bytes'] / MIB:.0f} MiB")
+    table.add_row("largest memory of a mover, over all mirroring", f"{results['mover_peak_bytes'] / MIB:.0f} MiB")
+    table.add_row("with the backups, too", f"{results['mover_peak_bytes_with_backups'] / MIB:.0f} MiB")
+    for kind in ("incompressible", "compressible"):
+        one = results["backups"][kind]["to_s3"]["stored"]
+        table.add_row(
+            f"backup of {kind} data to a fresh repository",
+            f"{one['objects']} objects for {one['units']} units, {one['bytes'] / MIB:,.1f} MiB",
+        )
+    for name, one in results["backups"]["increments"].items():
+        disk = one["disk_bytes"] / MIB / 1024
+        table.add_row(
+            f"increment on S3, {disk:.0f} GiB disk, {one['dirty_bytes'] / MIB:.1f} MiB dirty: {name}",
+            f"{one['median_seconds']:.2f} s, {one['objects']} objects for {one['units']} units, "
+            f"{one['bytes'] / MIB:.1f} MiB",
+        )
     for name, title in (("model", "extents made by a generator"), ("nbd", "block status of a real bitmap")):
         planned = results["planning"][name]
         table.add_row(
@@ -79,27 +102,27 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _show_bulk(bulk: dict[str, Any], console: Console) -> None:
-    for key, title in _BULK.items():
-        result = bulk[key]
-        rounds = len(result["runs"]["flushpoint"])
-        table = Table(title=f"{title}, {result['bytes'] / MIB:,.0f} MiB, medians of {rounds} rounds")
-        for heading in ("program", "s", "MiB/s", "CPU s", "movers' CPU s", "we are", "our CPU", "movers' CPU"):
-            table.add_column(heading, justify="left" if heading == "program" else "right")
-        for name, median in result["medians"].items():
-            ratio = result["ratios"].get(name)
-            movers = median.get("mover_cpu_seconds")
-            table.add_row(
-                name,
-                f"{median['seconds']:.2f}",
-                f"{median['mib_per_second']:,.0f}",
-                f"{median['cpu_seconds']:.2f}",
-                f"{movers:.2f}" if movers is not None else "",
-                f"{ratio['speed']:.2f} × as fast" if ratio else "",
-                f"{ratio['cpu']:.2f} ×" if ratio else "",
-                f"{ratio['mover_cpu']:.2f} ×" if ratio else "",
-            )
-        console.print(table)
+def _show_bulk(title: str, result: dict[str, Any], console: Console) -> None:
+    rounds = len(result["runs"]["flushpoint"])
+    table = Table(title=f"{title}, {result['bytes'] / MIB:,.0f} MiB, medians of {rounds} rounds")
+    headings = ("program", "s", "MiB/s", "CPU s", "movers' CPU s", "server's CPU s", "we are", "our CPU", "movers' CPU")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "program" else "right")
+    for name, median in result["medians"].items():
+        ratio = result["ratios"].get(name)
+        movers, server = median.get("mover_cpu_seconds"), median.get("server_cpu_seconds")
+        table.add_row(
+            name,
+            f"{median['seconds']:.2f}",
+            f"{median['mib_per_second']:,.0f}",
+            f"{median['cpu_seconds']:.2f}",
+            f"{movers:.2f}" if movers is not None else "",
+            f"{server:.2f}" if server else "",
+            f"{ratio['speed']:.2f} × as fast" if ratio else "",
+            f"{ratio['cpu']:.2f} ×" if ratio else "",
+            f"{ratio['mover_cpu']:.2f} ×" if ratio else "",
+        )
+    console.print(table)
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`make bench`: Flushpoint against nbdcopy and qemu-img on this machine, through the whole path.
+"""`make bench`: Flushpoint against nbdcopy, qemu-img, s5cmd, rclone and cp on this machine, through the whole path.
 
 The embedded stack runs with two movers in a directory of its own; disks and servers are in memory where there
 is room. A copy is timed from before it is submitted until its job has concluded. Sources are promised to be frozen
@@ -21,8 +21,10 @@ from rich.console import Console
 from coordinator.model.errors import FlushpointError
 from flushpoint.client import Client, connect
 from tests.bench import report, scenarios
+from tests.bench.backups import BackupBench
 from tests.bench.scenarios import FULL, QUICK, Bench, Scale
 from tests.demo.lab import GIB, Lab, LabError, peak_memory, wait_until
+from tests.object_servers import ENVIRONMENT
 
 MOVERS = 2
 OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "bench"
@@ -42,7 +44,14 @@ def measure(scale: Scale, console: Console) -> dict[str, Any]:
 def _measure(lab: Lab, client: Client, scale: Scale, console: Console) -> dict[str, Any]:
     if not wait_until(lambda: len(lab.stack.movers()) >= MOVERS, START_S):
         raise LabError(f"the embedded stack runs {len(lab.stack.movers())} movers instead of {MOVERS}")
-    bench = Bench(lab, client, scale, lambda line: console.print(f"  {line}", style="dim"))
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", style="dim")
+
+    def mover_peak() -> int:
+        return max(peak_memory(mover.pid) for mover in lab.stack.movers())
+
+    bench = Bench(lab, client, scale, say)
     return {
         "machine": report.machine(),
         "scale": asdict(scale),
@@ -52,8 +61,10 @@ def _measure(lab: Lab, client: Client, scale: Scale, console: Console) -> dict[s
         "scattered": bench.scattered(),
         "latency": bench.latency(),
         # They live as long as the stack, so their largest size is the largest over all of the above.
-        "mover_peak_bytes": max(peak_memory(mover.pid) for mover in lab.stack.movers()),
+        "mover_peak_bytes": mover_peak(),
         "planning": bench.planning(),
+        "backups": BackupBench(bench, lab, say).measure(),
+        "mover_peak_bytes_with_backups": mover_peak(),
     }
 
 
@@ -62,6 +73,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="little data and few rounds; writes no files")
     quick = parser.parse_args().quick
     os.environ["FLUSHPOINT_WORKER_SLOTS"] = str(MOVERS)
+    os.environ |= ENVIRONMENT
+    os.environ.pop("AWS_CA_BUNDLE", None)  # rclone does not start with one
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
         results = measure(QUICK if quick else FULL, console)

@@ -56,12 +56,12 @@ class Bench:
     def __init__(self, lab: Lab, client: Client, scale: Scale, say: Callable[[str], None]) -> None:
         self._lab = lab
         self._client = client
-        self._scale = scale
+        self.scale = scale
         self._say = say
 
     # -- one copy --------------------------------------------------------------------------------------------
 
-    def _mirror(self, spec: JobSpec) -> tuple[JobView, Run]:
+    def mirror(self, spec: JobSpec) -> tuple[JobView, Run]:
         """From before the submission until the answer that the job has concluded."""
         stack = self._lab.stack
         cpu, movers = stack.cpu_seconds(), stack.mover_cpu_seconds()
@@ -75,7 +75,7 @@ class Bench:
 
     def _ours(self, source: str, target: str) -> Run:
         # nbdcopy and qemu-img read a source once and trust that nobody writes it: so it is promised here as well.
-        return self._mirror(JobSpec(source=source, target=target, overwrite=True, source_frozen=True))[1]
+        return self.mirror(JobSpec(source=source, target=target, overwrite=True, source_frozen=True))[1]
 
     @staticmethod
     def _nbdcopy(source: str, target: str) -> Run:
@@ -91,11 +91,11 @@ class Bench:
 
     def bulk(self) -> dict[str, Any]:
         """Random data from a read-only qemu-nbd to a writable one, and to an existing raw file."""
-        size = self._scale.copy_bytes
+        size = self.scale.copy_bytes
         source, served, local = (self._lab.path / name for name in ("bulk.raw", "served.raw", "local.raw"))
-        _fill_random(source, size)
+        fill_random(source, size)
         for path in (served, local):
-            _fill_random(path, size)  # existing, as after an earlier copy: no program gains by a fresh file
+            fill_random(path, size)  # existing, as after an earlier copy: no program gains by a fresh file
         with (
             self._lab.serving("bulk", self._lab.qemu_nbd("bulk", source, "raw", "-r")) as uri,
             self._lab.serving("served", self._lab.qemu_nbd("served", served, "raw")) as served_uri,
@@ -116,21 +116,21 @@ class Bench:
         }
         names = list(programs)
         runs: dict[str, list[Run]] = {name: [] for name in names}
-        for number in range(self._scale.rounds):
+        for number in range(self.scale.rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:  # nobody is always the first of a round
-                _spoil(copy)
+                spoil(copy)
                 taken = programs[name](source, target)
                 run(["cmp", original, copy])
                 runs[name].append(taken)
                 self._say(f"{title}, round {number + 1}: {name} {taken.seconds:.2f} s, {taken.cpu_seconds:.2f} s CPU")
-        return _summary(runs, original.stat().st_size)
+        return summary(runs, original.stat().st_size)
 
     # -- scattered changes -----------------------------------------------------------------------------------
 
     def scattered(self) -> dict[str, Any]:
         """Dirty 64 KiB blocks all over a large qcow2 disk: served by qemu-nbd with its bitmap, and the image itself."""
-        scale = self._scale
+        scale = self.scale
         disk = self._lab.path / "scattered.qcow2"
         self._make_scattered(disk, scale.scattered_disk_bytes, scale.scattered_blocks)
         dirty = scale.scattered_blocks * BLOCK
@@ -147,11 +147,11 @@ class Bench:
 
     def _dirty_rounds(self, title: str, disk: Path, source: str, dirty: int) -> dict[str, Any]:
         seconds, sent = [], []
-        for _ in range(self._scale.scattered_rounds):
+        for _ in range(self.scale.scattered_rounds):
             target = self._lab.path / "target.raw"
-            _make_hole(target, self._scale.scattered_disk_bytes)
+            _make_hole(target, self.scale.scattered_disk_bytes)
             with self._lab.serving("target", self._lab.qemu_nbd("target", target, "raw")) as uri:
-                job, taken = self._mirror(_dirty(source, uri))
+                job, taken = self.mirror(_dirty(source, uri))
             _compare(disk, target)
             seconds.append(taken.seconds)
             sent.append(job.bytes_sent)
@@ -168,7 +168,7 @@ class Bench:
         run(["qemu-img", "create", "-q", "-f", "qcow2", disk, str(size)])
         run(["qemu-img", "bitmap", "--add", "-g", str(BLOCK), disk, BITMAP])
         dice = random.Random(blocks)
-        commands = [f"write -q -P {dice.randrange(1, 256)} {at} {BLOCK}" for at in _scatter(size, blocks)]
+        commands = [f"write -q -P {dice.randrange(1, 256)} {at} {BLOCK}" for at in scatter(size, blocks)]
         run(["qemu-io", "-f", "qcow2", disk], stdin="\n".join([*commands, "quit", ""]))
 
     # -- latency ---------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Bench:
         One request at a time is qemu-io's `write`, 64 KiB each, timed over a part of the same blocks to the same
         server and multiplied; it reads no source, which is in its favour.
         """
-        scale = self._scale
+        scale = self.scale
         disk, target = self._lab.path / "delayed.qcow2", self._lab.path / "delayed.raw"
         self._make_scattered(disk, scale.scattered_disk_bytes, scale.delayed_blocks)
         seconds, serial = [], []
@@ -199,12 +199,12 @@ class Bench:
                 self._lab.serving("delayed", command) as uri,
             ):
                 part = [
-                    f"write -q -P 1 {at} {BLOCK}" for at in _scatter(scale.scattered_disk_bytes, scale.delayed_blocks)
+                    f"write -q -P 1 {at} {BLOCK}" for at in scatter(scale.scattered_disk_bytes, scale.delayed_blocks)
                 ]
                 part = part[: scale.delayed_serial_blocks]
                 one_by_one = run(["qemu-io", "-f", "raw", "-t", "writeback", uri], stdin="\n".join([*part, "quit", ""]))
                 serial.append(one_by_one.seconds * scale.delayed_blocks / len(part))
-                seconds.append(self._mirror(_dirty(source, uri))[1].seconds)
+                seconds.append(self.mirror(_dirty(source, uri))[1].seconds)
             _compare(disk, target)
             target.unlink()
             self._say(f"latency: {seconds[-1]:.2f} s, one at a time {serial[-1]:.2f} s")
@@ -227,7 +227,7 @@ class Bench:
         _make_hole(source, MIB)
         _make_hole(target, MIB)
         first = self._ours(str(source), str(target)).seconds  # a fresh stack may hold claims back for a while
-        seconds = [self._ours(str(source), str(target)).seconds for _ in range(self._scale.fixed_jobs)]
+        seconds = [self._ours(str(source), str(target)).seconds for _ in range(self.scale.fixed_jobs)]
         run(["cmp", source, target])
         self._say(f"fixed cost: {statistics.median(seconds) * 1000:.0f} ms")
         return {
@@ -241,7 +241,7 @@ class Bench:
         """Splitting a 16 TiB disk with scattered dirty blocks into units, by the model alone and over real NBD."""
         found = {}
         for how in ("model", "nbd"):
-            command = [sys.executable, "-m", "tests.bench.planning", how, str(self._scale.planned_extents)]
+            command = [sys.executable, "-m", "tests.bench.planning", how, str(self.scale.planned_extents)]
             found[how] = json.loads(run(command).stdout)
             self._say(f"planning, {how}: {found[how]['extents']:,} extents in {found[how]['seconds']:.2f} s")
         return found
@@ -270,13 +270,13 @@ def start_up(lab: Lab, rounds: int) -> dict[str, Any]:
 # -- data ------------------------------------------------------------------------------------------------------
 
 
-def _fill_random(path: Path, size: int) -> None:
+def fill_random(path: Path, size: int) -> None:
     with path.open("wb") as file:
         for _ in range(size // (16 * MIB)):
             file.write(os.urandom(16 * MIB))
 
 
-def _spoil(path: Path) -> None:
+def spoil(path: Path) -> None:
     """Make the old copy differ from the disk in every MiB, so that a copy that does nothing is found out."""
     with path.open("r+b") as file:
         for offset in range(0, path.stat().st_size, MIB):
@@ -289,16 +289,16 @@ def _make_hole(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-def _scatter(size: int, blocks: int) -> list[int]:
+def scatter(size: int, blocks: int, seed: int = 0) -> list[int]:
     """Offsets of blocks, shuffled, of which hardly two are neighbours."""
-    return [n * BLOCK for n in random.Random(size + blocks).sample(range(size // BLOCK), blocks)]
+    return [n * BLOCK for n in random.Random(size + blocks + seed).sample(range(size // BLOCK), blocks)]
 
 
 def _compare(disk: Path, copy: Path) -> None:
     run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", disk, copy])
 
 
-def _summary(runs: dict[str, Sequence[Run]] | dict[str, list[Run]], size: int) -> dict[str, Any]:
+def summary(runs: dict[str, Sequence[Run]] | dict[str, list[Run]], size: int) -> dict[str, Any]:
     medians: dict[str, dict[str, float]] = {}
     for name, taken in runs.items():
         medians[name] = {

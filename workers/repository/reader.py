@@ -25,9 +25,9 @@ from workers.repository.runs import Run, open_run
 from workers.repository.segment_map import MapRef, SegmentMap
 from workers.repository.store.contract import Buffer, MissingObjectError, ObjectStore
 
-SPAN_BYTES = 4 * 1024 * 1024
-"""What is fetched at once. With SPANS of them held, 32 MiB a reader."""
-SPANS = 8
+SPAN_BYTES = 8 * 1024 * 1024
+"""What is fetched at once. With SPANS of them held, 48 MiB a reader."""
+SPANS = 6
 MAP_SPAN_BYTES = 256 * 1024
 MAPS = 128
 PAGES = 16

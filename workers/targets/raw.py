@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -39,6 +40,8 @@ class RawTarget:
         self.size = self._disk.size
         self.block_size = self._disk.block_size
         self._zero_modes: tuple[int, ...] = _ZERO_MODES
+        self._writing = contextlib.nullcontext() if self._disk.is_device else threading.Lock()
+        """The kernel lets one writer at a time into a file, and the others burn their time in waiting for it."""
         self._flushing = threading.Lock()
         self._flush_failure: OSError | None = None
 
@@ -51,7 +54,8 @@ class RawTarget:
         done = 0
         while done < len(data):
             try:
-                done += os.pwrite(self._disk.fd, data[done:], offset + done)
+                with self._writing:
+                    done += os.pwrite(self._disk.fd, data[done:], offset + done)
             except OSError as error:
                 raise self._disk.failed("write", offset + done, len(data) - done, error) from error
 

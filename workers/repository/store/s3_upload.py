@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PART_BYTES = 16 * 1024 * 1024
 """S3 wants parts of 5 MiB at least and takes 10,000 of them: objects up to 156 GiB."""
-PARTS_AT_ONCE = 4
+PARTS_AT_ONCE = 2
 ABORT_PATIENCE_S = 5.0
 """Of removing the parts of a failed upload; `abort_uploads` finds what is left."""
 
