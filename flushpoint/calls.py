@@ -24,6 +24,7 @@ from coordinator.model.errors import (
     UsageError,
 )
 from coordinator.model.job import JobSpec, State, Verb
+from coordinator.model.point import PointRecord, RepositoryRecord
 from coordinator.model.view import JobView
 
 T = TypeVar("T")
@@ -51,6 +52,15 @@ class EventPage(BaseModel):
 class JobPage(BaseModel):
     jobs: list[JobView]
     next: str | None
+
+
+class RepositoryList(BaseModel):
+    repositories: list[RepositoryRecord]
+
+
+class PointPage(BaseModel):
+    points: list[PointRecord]
+    next: int | None
 
 
 class Health(BaseModel):
@@ -92,6 +102,9 @@ Conversation: TypeAlias = Generator[Call[Any] | Item[T], Any, None]
 _JOB = TypeAdapter(JobView).validate_json
 _JOBS = TypeAdapter(JobPage).validate_json
 _EVENTS = TypeAdapter(EventPage).validate_json
+_POINTS = TypeAdapter(PointPage).validate_json
+_REPOSITORIES = TypeAdapter(RepositoryList).validate_json
+_GROUPS = TypeAdapter(dict[str, int]).validate_json
 _HEALTH = TypeAdapter(Health).validate_json
 
 
@@ -157,6 +170,31 @@ def jobs() -> Conversation[JobView]:
         if page.next is None:
             return
         params = {**params, "after": page.next}
+
+
+def repositories() -> Call[RepositoryList]:
+    """Those of which the ledger remembers something."""
+    return _get("/v1/repositories", _REPOSITORIES)
+
+
+def groups(repository: str) -> Call[dict[str, int]]:
+    """The groups of a repository, by its id, and how many recovery points of each the ledger remembers."""
+    return _get(f"/v1/repositories/{quote(repository, safe='')}/groups", _GROUPS)
+
+
+def points(repository: str, group: str, *, after: int = 0) -> Conversation[PointRecord]:
+    """The recovery points of a group that the ledger remembers, oldest first, page by page; `after` an epoch.
+
+    `repository` is its id, as a scan task tells it.
+    """
+    path = f"/v1/repositories/{quote(repository, safe='')}/groups/{quote(group, safe='')}/points"
+    while True:
+        page: PointPage = yield _get(path, _POINTS, {"after": str(after), "limit": str(PAGE)})
+        for found in page.points:
+            yield Item(found)
+        if page.next is None:
+            return
+        after = page.next
 
 
 def events(*, after: str = "0", job: str = "", follow: bool = False) -> Conversation[Event]:

@@ -113,7 +113,10 @@ class _Methods:
     dismiss = _once(calls.dismiss)
     health = _once(calls.health)
     wait = _Method(calls.wait)
+    repositories = _once(calls.repositories)
+    groups = _once(calls.groups)
     jobs = _Stream(calls.jobs)
+    points = _Stream(calls.points)
     events = _Stream(calls.events)
     watch = _Stream(calls.watch)
 

@@ -16,6 +16,7 @@ from coordinator.api.feed import EventFeed
 from coordinator.ledger.contract import ConflictError, Ledger, NewEvent, Versioned
 from coordinator.model.errors import RefusedError, UsageError
 from coordinator.model.job import JobRecord, JobSpec, State, Verb
+from coordinator.model.point import PointRecord, RepositoryRecord
 from coordinator.model.progress import eta_of, rate_of
 from coordinator.model.step import VerbArguments, apply_verb
 from coordinator.model.uri import parse
@@ -50,6 +51,15 @@ class EventRecord(BaseModel):
 class EventPage(BaseModel):
     events: list[EventRecord]
     next: str
+
+
+class RepositoryList(BaseModel):
+    repositories: list[RepositoryRecord]
+
+
+class PointPage(BaseModel):
+    points: list[PointRecord]
+    next: int | None = Field(description="the epoch to go on after; null at the end")
 
 
 class Health(BaseModel):
@@ -130,6 +140,27 @@ def make_api(ledger: Ledger, leads: Callable[[], bool], feed: EventFeed) -> Fast
                 continue
             return shown(ledger.job(job_id))
         raise ConflictError(f"job {job_id} changes too fast to {verb}", "try again")
+
+    @app.get("/v1/repositories")
+    def repositories() -> RepositoryList:
+        """Those of which the ledger remembers something. A scan task teaches it the rest."""
+        return RepositoryList(repositories=ledger.repositories())
+
+    @app.get("/v1/repositories/{repository}/groups")
+    def groups(repository: str) -> dict[str, int]:
+        """How many recovery points of each group are remembered."""
+        return {name: len(ledger.point_epochs(repository, name)) for name in ledger.point_groups(repository)}
+
+    @app.get("/v1/repositories/{repository}/groups/{group}/points")
+    def points(
+        repository: str,
+        group: str,
+        after: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> PointPage:
+        """Oldest first, as the ledger remembers them; what it has not been told of is found by a scan task."""
+        page = ledger.points(repository, group, after=after, limit=limit)
+        return PointPage(points=page, next=page[-1].epoch if len(page) == limit else None)
 
     @app.get("/v1/events")
     async def events(

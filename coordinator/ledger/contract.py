@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.events import EventName
 from coordinator.model.job import Event, JobRecord, JobSpec
+from coordinator.model.point import PointRecord, RepositoryRecord
 from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
 
 
@@ -271,6 +272,39 @@ class Ledger(Protocol):
         """Token bucket shared by all workers of a job: takes `want` bytes and returns the milliseconds to
         wait before sending them (0: now). The bucket refills at `speed` bytes/s up to `burst`; it may go into
         debt, which is what the wait pays for. A changed `speed` counts from now."""
+
+    # -- recovery points ------------------------------------------------------------------------------------
+    # A copy of what manifests say, by the id of their repository. Manifests never change: only which of them are
+    # there does. Losing all of it loses nothing; a scan brings it back.
+
+    def record_points(self, repository: str, uri: str, points: Sequence[PointRecord], *, publish: bool = False) -> int:
+        """Remember points, and by which URI the repository is named; how many were new. With `publish` each new one is
+        a RECOVERY_POINT event of its job. Any number of times."""
+
+    def points_mark(self) -> int:
+        """To be taken before a repository is listed, for `retain_points`."""
+
+    def retain_points(self, repository: str, group: str, epochs: Sequence[int], mark: int) -> int:
+        """A listing that began after `mark` was taken found these points in the group: forget its others, except those
+        recorded since. How many were forgotten. Groups without points are forgotten too."""
+
+    def forget_points(self, repository: str, group: str, epochs: Sequence[int]) -> None:
+        """They were removed."""
+
+    def scanned(self, repository: str, uri: str) -> None:
+        """All of the repository was looked at just now."""
+
+    def repositories(self) -> list[RepositoryRecord]:
+        """By id."""
+
+    def point_groups(self, repository: str) -> list[str]:
+        """Sorted; [] if nothing is known of the repository."""
+
+    def point_epochs(self, repository: str, group: str) -> list[int]:
+        """Ascending."""
+
+    def points(self, repository: str, group: str, *, after: int = 0, limit: int = 100) -> list[PointRecord]:
+        """Of the group, with epochs greater than `after`, ascending."""
 
     # -- doorbells and workers ------------------------------------------------------------------------------
     def work_is_ready(self) -> int:

@@ -46,8 +46,16 @@ wake                zset    jobs that want the control loop's attention, by µs 
 bells:ROLE          zset    outstanding doorbells by time of ringing                               ring, woken
 workers             zset    workers by the time they are taken for dead                            worker_alive, _gone
 worker_facts        hash    worker: "slots role"                                                   worker_alive, _gone
+repositories        hash    id of a repository: "time of the last whole scan (s) URI"              record_points,
+                                                                                                   scanned
+groups:REPO         set     groups with points that are remembered                                 points' scripts
+points:REPO         hash    GROUP@EPOCH: a PointRecord as JSON                                     points' scripts
+epochs:REPO:GROUP   zset    epochs by themselves                                                   points' scripts
+recorded:REPO       zset    GROUP@EPOCH by the mark of its recording                               points' scripts
+marks               string  counter of recordings                                                  record_points
 events              stream  event, job, time (s), data (JSON); about the last 100,000              submit, update,
-                                                                                                   dismiss, release
+                                                                                                   dismiss, release,
+                                                                                                   record_points
 probe               string  written by ping, to learn whether the server takes writes; 1 s         ping
 ==================  ======  =====================================================================  ==================
 """

@@ -12,3 +12,5 @@ class EventName(enum.StrEnum):
     BLOCK_JOB_CANCELLED = "BLOCK_JOB_CANCELLED"
     JOB_STATUS_CHANGE = "JOB_STATUS_CHANGE"
     MIRROR_STATE_CHANGE = "MIRROR_STATE_CHANGE"
+    RECOVERY_POINT = "RECOVERY_POINT"
+    """A recovery point was published: {repository, group, epoch, cut_at}."""

@@ -34,6 +34,49 @@ class Member(BaseModel):
     also of those that needed no storing."""
 
 
+class PointMember(BaseModel):
+    """One disk of a point, as it is told; see Member."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    disk: str
+    size: int
+    sync: str
+    reason: str = ""
+    parent: int = 0
+    bytes_read: int = 0
+    bytes_sent: int = 0
+
+
+class PointRecord(BaseModel):
+    """A recovery point as the ledger remembers it, and as the API tells it. Its manifest has the last word."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    group: str
+    epoch: int
+    cut_at: float
+    decided_at: float
+    consistency: str
+    job: str = ""
+    members: tuple[PointMember, ...] = ()
+
+    def member(self, disk: str) -> PointMember | None:
+        return next((m for m in self.members if m.disk == disk), None)
+
+
+class RepositoryRecord(BaseModel):
+    """A repository that the ledger knows points of."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str
+    uri: str
+    """By which it was named last."""
+    scanned_at: float = 0.0
+    """When all of it was last looked at; 0: never, so that older points may be missing."""
+
+
 class Decision(BaseModel):
     """groups/<group>/points/<epoch>.json: written once, it publishes an epoch or ends it. Times in Unix seconds."""
 
@@ -62,6 +105,18 @@ class Decision(BaseModel):
 
     def member(self, disk: str) -> Member | None:
         return next((m for m in self.members if m.disk == disk), None)
+
+    def record(self) -> PointRecord:
+        """What the ledger remembers of it."""
+        return PointRecord(
+            group=self.group,
+            epoch=self.epoch,
+            cut_at=self.cut_at,
+            decided_at=self.decided_at,
+            consistency=self.consistency,
+            job=self.job,
+            members=tuple(PointMember.model_validate(member.model_dump()) for member in self.members),
+        )
 
 
 class Retention(BaseModel):

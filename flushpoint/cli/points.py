@@ -14,7 +14,7 @@ import typer
 
 from coordinator.model.errors import NotFoundError, UsageError
 from coordinator.model.job import JobSpec, Sync
-from coordinator.model.point import Decision, Retention
+from coordinator.model.point import PointRecord, Retention
 from coordinator.model.repository_uri import LATEST, RepositoryUri, parse_repository
 from coordinator.model.task import RepositoryTask, TaskKind
 from coordinator.model.uri import FORMATS, NOWHERE, absolute
@@ -187,23 +187,34 @@ def run_task(task: RepositoryTask) -> dict[str, Any]:
     return found
 
 
-def _points_of(uri: RepositoryUri, group: str) -> list[Decision]:
+def _points_of(uri: RepositoryUri, group: str) -> list[PointRecord]:
+    """All of the group, as the repository has them now: the ledger is told first."""
+    repository, epochs = _scanned(uri, group)
+    with session.connect() as client:
+        return [point for point in client.points(repository, group) if point.epoch in epochs]
+
+
+def _scanned(uri: RepositoryUri, group: str) -> tuple[str, list[int]]:
+    """The repository's id, and the epochs of the group's points; NotFoundError if it has none."""
     task = RepositoryTask(kind=TaskKind.SCAN, repository=str(uri.repository), groups=(group,))
-    found = [Decision.model_validate(point) for point in run_task(task)["points"]]
-    if not found:
+    result = run_task(task)
+    epochs = result["groups"].get(group)
+    if not epochs:
         raise NotFoundError(f"there is no point of group {group!r}", "see flushpoint repository scan for the groups")
-    return found
+    return result["repository"], epochs
 
 
-def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, Decision]:
+def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, PointRecord]:
     """The point that was named, and its URI."""
     group, number = _parsed(point)
     uri = parse_repository(repository)
-    found = _points_of(uri, group)
-    chosen = found[-1] if number == LATEST else next((p for p in found if p.epoch == number), None)
-    if chosen is None:
-        there = ", ".join(str(p.epoch) for p in found[-10:])
+    repository_id, epochs = _scanned(uri, group)
+    epoch = epochs[-1] if number == LATEST else number
+    if epoch not in epochs:
+        there = ", ".join(str(e) for e in epochs[-10:])
         raise NotFoundError(f"group {group!r} has no point {number}", f"the newest are {there}")
+    with session.connect() as client:
+        chosen = next(client.points(repository_id, group, after=epoch - 1))
     if disk and chosen.member(disk) is None:
         there = ", ".join(m.disk for m in chosen.members)
         raise NotFoundError(f"{group}@{chosen.epoch} has no disk {disk!r}", f"it has {there}")

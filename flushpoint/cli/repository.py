@@ -32,12 +32,12 @@ def init(
     result = run_task(RepositoryTask(kind=TaskKind.INIT, repository=uri, level=level))
     for sentence in result["store"]["cannot"]:
         output.say(f"warning: {sentence}")
-    _tell(result, as_json, f"repository {result['id']} is made{', encrypted' if result['encrypted'] else ''}")
+    _tell(result, as_json, f"repository {result['repository']} is made{', encrypted' if result['encrypted'] else ''}")
 
 
 @app.command()
 def scan(uri: UriArgument, as_json: output.JsonOption = False) -> None:
-    """List the groups of a repository, by its decisions alone."""
+    """List the groups of a repository, and teach the ledger all its points: from the manifests alone."""
     result = run_task(RepositoryTask(kind=TaskKind.SCAN, repository=uri))
     rows = [(name, str(len(epochs)), str(max(epochs, default=""))) for name, epochs in sorted(result["groups"].items())]
     _tell(result, as_json, output.table([("GROUP", "POINTS", "NEWEST"), *rows]))

@@ -23,6 +23,7 @@ from coordinator.model.errors import NotFoundError, RefusedError, UsageError
 from coordinator.model.events import EventName
 from coordinator.model.extent import Extent, Status, pack_extents, unpack_extents
 from coordinator.model.job import IoStatus, JobRecord, JobSpec, State
+from coordinator.model.point import PointMember, PointRecord, RepositoryRecord
 from coordinator.model.progress import RATE_WINDOW_S
 from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
 
@@ -1211,6 +1212,68 @@ def test_waiting_for_events_ends_with_the_first(ledger: Ledger) -> None:
 def test_a_senseless_event_id_is_a_usage_error(ledger: Ledger) -> None:
     with pytest.raises(UsageError):
         ledger.events("yesterday")
+
+
+def point(epoch: int, group: str = "shop") -> PointRecord:
+    member = PointMember(disk="db/vda", size=1 << 30, sync="full", bytes_sent=7)
+    return PointRecord(
+        group=group, epoch=epoch, cut_at=epoch * 10.5, decided_at=0.0, consistency="crash", job="job", members=(member,)
+    )
+
+
+def test_points_are_remembered_once_and_listed_in_order(ledger: Ledger) -> None:
+    points = [point(n) for n in (3, 1, 20)]
+    assert ledger.record_points("r", "s3://b/p", points) == 3
+    assert ledger.record_points("r", "s3://b/p", points) == 0
+    assert ledger.points("r", "shop") == [point(1), point(3), point(20)]
+    assert ledger.points("r", "shop", after=1, limit=1) == [point(3)]
+    assert ledger.point_epochs("r", "shop") == [1, 3, 20]
+    assert ledger.points("r", "other") == ledger.points("other", "shop") == []
+
+
+def test_a_published_point_is_one_event_however_often_it_is_recorded(ledger: Ledger) -> None:
+    ledger.record_points("r", "s3://b/p", [point(1)])  # by a scan: no news
+    for _ in range(2):
+        ledger.record_points("r", "s3://b/p", [point(1), point(2)], publish=True)
+    [event] = ledger.events()
+    assert (event["event"], event["job"]) == ("RECOVERY_POINT", "job")
+    assert event["data"] == {"repository": "r", "group": "shop", "epoch": 2, "cut_at": 21.0}
+
+
+def test_what_a_listing_did_not_find_is_forgotten_unless_it_was_recorded_since(ledger: Ledger) -> None:
+    ledger.record_points("r", "u", [point(1), point(2), point(3), point(1, "other")])
+    mark = ledger.points_mark()
+    ledger.record_points("r", "u", [point(3), point(4)])  # published while the listing is under way
+    assert ledger.retain_points("r", "shop", [2], mark) == 1
+    assert ledger.point_epochs("r", "shop") == [2, 3, 4]
+    assert ledger.point_epochs("r", "other") == [1]
+
+
+def test_a_group_is_forgotten_with_its_last_point(ledger: Ledger) -> None:
+    ledger.record_points("r", "u", [point(1), point(2), point(1, "other")])
+    assert ledger.point_groups("r") == ["other", "shop"]
+    ledger.forget_points("r", "shop", [1, 2, 9])
+    assert ledger.point_groups("r") == ["other"]
+    ledger.retain_points("r", "other", [], ledger.points_mark())
+    assert ledger.point_groups("r") == []
+    assert ledger.record_points("r", "u", [point(1)]) == 1
+
+
+def test_a_repository_is_known_by_the_uri_that_named_it_last_and_scanned_when_it_was(ledger: Ledger) -> None:
+    assert ledger.repositories() == []
+    ledger.record_points("r", "s3://b/p?key=env:A", [])
+    assert ledger.repositories() == [RepositoryRecord(id="r", uri="s3://b/p?key=env:A", scanned_at=0.0)]
+    ledger.scanned("r", "s3://b/p?key=env:B")
+    [known] = ledger.repositories()
+    assert known.uri == "s3://b/p?key=env:B"
+    assert known.scanned_at > 0
+    ledger.record_points("r", "s3://b/q", [])
+    assert ledger.repositories() == [known.model_copy(update={"uri": "s3://b/q"})]
+
+
+def test_more_points_than_one_script_takes_are_all_recorded(ledger: Ledger) -> None:
+    assert ledger.record_points("r", "u", [point(n) for n in range(1, 251)]) == 250
+    assert [p.epoch for p in ledger.points("r", "shop", limit=1000)] == list(range(1, 251))
 
 
 def test_ping_answers(ledger: Ledger) -> None:

@@ -19,9 +19,11 @@ from coordinator.model.job import JobRecord
 from coordinator.model.messages import Doorbell
 from coordinator.model.policy import Action
 from coordinator.model.repository_uri import is_repository
+from coordinator.model.task import TaskKind
 from coordinator.model.units import Claim, UnitKind
 from coordinator.settings import Settings
 from workers.failpoint import pass_point
+from workers.mover import memory
 from workers.mover.backup import Backups
 from workers.mover.disks import Disks, OpenError, opening
 from workers.mover.engine import Engine, Failure, Orders, Outcome
@@ -279,7 +281,8 @@ class Mover:
 
     def _publish(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
         with opening(Side.TARGET):
-            self._backups.publish(job)
+            decision = self._backups.publish(job)
+        memory.published(self._ledger, job.spec.target, decision)
         self._finish(claim)
 
     def _abandon(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
@@ -293,9 +296,14 @@ class Mover:
         self._finish(claim)
 
     def _do_task(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
-        assert job.spec.task is not None
+        task, access = job.spec.task, self._disks.access
+        assert task is not None
         try:
-            result = chores.run(job.spec.task, job.id, self._disks.access, lease.assert_held)
+            if task.kind is TaskKind.SCAN:
+                result = memory.scan(task, self._ledger, access, lease.assert_held)
+            else:
+                result = chores.run(task, job.id, access, lease.assert_held)
+                memory.changed(self._ledger, task, result)
         except chores.FoundDamageError as error:
             self._ledger.opened(job.id, claim.unit_id, claim.token, {"result": json.dumps(error.result)})
             raise OpenError(Side.SOURCE, error) from error

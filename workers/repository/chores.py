@@ -1,4 +1,7 @@
-"""What is done to a repository as a whole: each function is one `TaskKind`, and returns what its job tells."""
+"""What is done to a repository as a whole: each function is one `TaskKind`, and returns what its job tells.
+
+A scan is not among them: it is about what the ledger knows (see workers/mover/memory.py).
+"""
 
 from __future__ import annotations
 
@@ -39,31 +42,27 @@ def run(task: RepositoryTask, job_id: str, access: Access, went_on: WentOn) -> d
     if task.kind is TaskKind.INIT:
         return _init(uri, access, task.level, job_id)
     with Repository.open(uri, access) as repository:
-        match task.kind:
-            case TaskKind.CHECK:
-                return _check(repository, task.data, went_on)
-            case TaskKind.PRUNE:
-                names = task.groups or None
-                return asdict(prune(repository, names, task.retention, dry_run=task.dry_run, went_on=went_on))
-            case TaskKind.COMPACT:
-                return asdict(compact(repository, went_on=went_on))
-            case TaskKind.NEW_DATA_KEY:
-                return {"key": keyring.rotate(repository.store, _secret(uri, access))}
-            case TaskKind.REWRAP_KEYS:
-                new = keyring.resolve_secret(task.new_key, access)
-                return {"keys": keyring.rewrap(repository.store, _secret(uri, access), new)}
-            case _:
-                return _scan(repository, task.groups)
+        return {"repository": repository.id} | _run(task, repository, uri, access, went_on)
 
 
-def _scan(repository: Repository, names: tuple[str, ...]) -> dict[str, Any]:
-    """All groups with their decided epochs, by one listing; and the points of those named, by their manifests."""
-    groups = repository.decisions.groups()
-    points = [p for name in names if name in groups for p in repository.decisions.points(groups[name])]
-    return {
-        "groups": {name: group.present() for name, group in groups.items()},
-        "points": [point.model_dump(mode="json") for point in points],
-    }
+def _run(
+    task: RepositoryTask, repository: Repository, uri: RepositoryUri, access: Access, went_on: WentOn
+) -> dict[str, Any]:
+    match task.kind:
+        case TaskKind.CHECK:
+            return _check(repository, task.data, went_on)
+        case TaskKind.PRUNE:
+            names = task.groups or None
+            return asdict(prune(repository, names, task.retention, dry_run=task.dry_run, went_on=went_on))
+        case TaskKind.COMPACT:
+            return asdict(compact(repository, went_on=went_on))
+        case TaskKind.NEW_DATA_KEY:
+            return {"key": keyring.rotate(repository.store, _secret(uri, access))}
+        case TaskKind.REWRAP_KEYS:
+            new = keyring.resolve_secret(task.new_key, access)
+            return {"keys": keyring.rewrap(repository.store, _secret(uri, access), new)}
+        case _:
+            raise ValueError(f"{task.kind} is done elsewhere")
 
 
 def _init(uri: RepositoryUri, access: Access, level: int, job_id: str) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def _init(uri: RepositoryUri, access: Access, level: int, job_id: str) -> dict[s
             "use a store with conditional PUT (If-None-Match) and read-after-write",
         )
     with Repository.init(uri, access, level, job_id) as repository:
-        return {"id": repository.id, "encrypted": repository.record.encrypted, "store": asdict(findings)}
+        return {"repository": repository.id, "encrypted": repository.record.encrypted, "store": asdict(findings)}
 
 
 def _check(repository: Repository, data: bool, went_on: WentOn) -> dict[str, Any]:

@@ -273,3 +273,16 @@ local function forget_units(job)
   redis.call('HSET', record, '_incarnation', redis.call('INCR', P .. 'incarnations'), '_next_unit', 0,
     '_claims', 0, 'units_ready', 0, 'units_leased', 0, 'units_done', 0, 'units_quarantined', 0)
 end
+
+local function forget_point(repository, group, epoch)
+  local name = group .. '@' .. epoch
+  redis.call('HDEL', P .. 'points:' .. repository, name)
+  redis.call('ZREM', P .. 'recorded:' .. repository, name)
+  redis.call('ZREM', P .. 'epochs:' .. repository .. ':' .. group, epoch)
+end
+
+local function forget_group_if_empty(repository, group)
+  if redis.call('EXISTS', P .. 'epochs:' .. repository .. ':' .. group) == 0 then
+    redis.call('SREM', P .. 'groups:' .. repository, group)
+  end
+end

@@ -11,6 +11,7 @@ from coordinator.api.app import make_api
 from coordinator.api.feed import EventFeed
 from coordinator.ledger import MemoryLedger, NewUnit
 from coordinator.model.job import JobSpec, State
+from coordinator.model.point import PointRecord
 from coordinator.model.units import UnitKind
 
 BODY = {"source": "/disks/a.img", "target": "/disks/b.img"}
@@ -183,3 +184,19 @@ def test_what_does_not_validate_is_not_repeated(api: TestClient, body: object) -
     assert answer.status_code == 422
     assert "s3cret" not in answer.text
     assert "input" not in answer.json()
+
+
+def test_points_are_told_page_by_page_as_the_ledger_remembers_them(api: TestClient, ledger: MemoryLedger) -> None:
+    points = [PointRecord(group="shop", epoch=n, cut_at=1.5, decided_at=2.0, consistency="crash") for n in range(1, 6)]
+    ledger.record_points("r1", "s3://bucket/p", points)
+    [known] = api.get("/v1/repositories").json()["repositories"]
+    assert known == {"id": "r1", "uri": "s3://bucket/p", "scanned_at": 0.0}
+    assert api.get("/v1/repositories/r1/groups").json() == {"shop": 5}
+    path = "/v1/repositories/r1/groups/shop/points"
+    page = api.get(path, params={"limit": 3}).json()
+    assert [point["epoch"] for point in page["points"]] == [1, 2, 3]
+    rest = api.get(path, params={"limit": 3, "after": page["next"]}).json()
+    assert [point["epoch"] for point in rest["points"]] == [4, 5]
+    assert rest["next"] is None
+    assert api.get("/v1/repositories/none/groups/shop/points").json() == {"points": [], "next": None}
+    assert api.get(path, params={"after": "x"}).status_code == 422

@@ -1,0 +1,87 @@
+"""What the ledger is told of recovery points: it keeps a copy, and the repository has the truth.
+
+A manifest never changes once it is written, so a scan reads only those that the ledger does not know yet, and forgets
+those that the listing does not show any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from coordinator.ledger.contract import Ledger
+from coordinator.model.point import Decision, PointRecord
+from coordinator.model.repository_uri import parse_repository
+from coordinator.model.task import RepositoryTask, TaskKind
+from workers.access import Access
+from workers.repository.layout import DamageError
+from workers.repository.repository import Repository
+
+READS = 8
+"""Manifests that are read at a time: each is a request of its own."""
+RECORDED_AT_ONCE = 64
+
+
+def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable[[], None]) -> dict[str, Any]:
+    """Teach the ledger which points there are, in the groups of the task or in all; what the job tells.
+
+    DamageError names a manifest that cannot be read, after everything else was recorded.
+    """
+    uri = parse_repository(task.repository).repository
+    mark = ledger.points_mark()
+    with Repository.open(uri, access) as repository, ThreadPoolExecutor(READS) as threads:
+        listed = repository.decisions.groups()
+        told: dict[str, list[int]] = {}
+        damaged: list[DamageError] = []
+
+        def read(name: str, epoch: int) -> PointRecord | None:
+            try:
+                decision = repository.decisions.decision(name, epoch)
+            except DamageError as error:
+                damaged.append(error)
+                return None
+            return decision.record() if decision is not None and decision.is_point else None
+
+        for name in task.groups or sorted({*listed, *ledger.point_groups(repository.id)}):
+            present = listed[name].present() if name in listed else []
+            known = set(ledger.point_epochs(repository.id, name))
+            unknown = iter([epoch for epoch in present if epoch not in known])
+            found = [epoch for epoch in present if epoch in known]
+            for epochs in _batches(unknown):
+                went_on()
+                new = [p for p in threads.map(read, [name] * len(epochs), epochs) if p is not None]
+                ledger.record_points(repository.id, str(uri), new)
+                found += [point.epoch for point in new]
+            ledger.retain_points(repository.id, name, present, mark)
+            if found:
+                told[name] = sorted(found)
+        if damaged:
+            raise damaged[0]
+        if task.groups:
+            ledger.record_points(repository.id, str(uri), [])
+        else:
+            ledger.scanned(repository.id, str(uri))
+        return {"repository": repository.id, "groups": told}
+
+
+def published(ledger: Ledger, target: str, decision: Decision) -> None:
+    """A job has written the manifest; told again, it is no news."""
+    uri = parse_repository(target).repository
+    ledger.record_points(decision.repository, str(uri), [decision.record()], publish=True)
+
+
+def changed(ledger: Ledger, task: RepositoryTask, result: Mapping[str, Any]) -> None:
+    """A task made a repository, or removed points of one."""
+    repository = result["repository"]
+    if task.kind is TaskKind.INIT:
+        ledger.scanned(repository, str(parse_repository(task.repository).repository))
+    elif task.kind is TaskKind.PRUNE and not task.dry_run:
+        for name, epochs in result["removed"].items():
+            ledger.forget_points(repository, name, epochs)
+
+
+def _batches(epochs: Iterator[int]) -> Iterator[list[int]]:
+    while batch := list(islice(epochs, RECORDED_AT_ONCE)):
+        yield batch
