@@ -25,6 +25,7 @@ OPENED_FIELDS = frozenset(
         "target_zeroed",
         "source_may_change",
         "compare_reason",
+        "bitmap",
         "group",
         "disk",
         "epoch",

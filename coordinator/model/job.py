@@ -93,7 +93,8 @@ class Sync(enum.StrEnum):
     DIRTY = "dirty"
     """What the named bitmap calls dirty."""
     INCREMENTAL = "incremental"
-    """Reads both sides and sends only what differs; the target holds an older copy."""
+    """The target holds an older copy: reads what a bitmap calls dirty where one can be trusted, else all of both sides,
+    and sends only what differs."""
 
 
 class ErrorPolicy(enum.StrEnum):
@@ -120,7 +121,9 @@ class JobSpec(BaseModel):
     target: str = Field(default="", max_length=4096, description="URI or path of the copy")
     task: RepositoryTask | None = Field(default=None, description="instead of source and target")
     sync: Sync = Sync.FULL
-    bitmap: str | None = Field(default=None, max_length=1023, description="dirty bitmap, with sync=dirty")
+    bitmap: str | None = Field(
+        default=None, max_length=1023, description="dirty bitmap, with sync=dirty or incremental"
+    )
     speed: int = Field(default=0, ge=0, description="bytes per second over all workers; 0 is unlimited")
     on_source_error: ErrorPolicy = ErrorPolicy.REPORT
     on_target_error: ErrorPolicy = ErrorPolicy.REPORT
@@ -139,9 +142,11 @@ class JobSpec(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _bitmap_goes_with_dirty(self) -> Self:
-        if (self.sync is Sync.DIRTY) != (self.bitmap is not None):
-            raise ValueError("sync=dirty and bitmap=NAME go together: give both or neither")
+    def _bitmap_goes_with_sync(self) -> Self:
+        if self.sync is Sync.DIRTY and self.bitmap is None:
+            raise ValueError("sync=dirty wants bitmap=NAME")
+        if self.bitmap is not None and self.sync not in (Sync.DIRTY, Sync.INCREMENTAL):
+            raise ValueError(f"sync={self.sync} reads no bitmap: take sync=dirty, or incremental to compare without it")
         return self
 
 
@@ -173,6 +178,8 @@ class JobRecord(BaseModel):
     """The stamp was another one when the pass was settled: somebody wrote the source meanwhile."""
     compare_reason: str = ""
     """Why content is compared instead of a bitmap being read, where that is so."""
+    bitmap: str = ""
+    """The bitmap that an incremental job reads instead of comparing all of the disk."""
 
     # Of a job whose target is a repository; see coordinator.model.point.
     group: str = ""

@@ -25,13 +25,22 @@ class Member(BaseModel):
     """Hex; of the directory, which vouches for everything under it."""
     sync: str
     reason: str = ""
-    """Why contents were compared instead of a bitmap being read, where that is so."""
+    """Of an incremental: which bitmap was read, or why contents were compared instead."""
     parent: int = 0
     """The epoch it was made from; 0: none."""
     bytes_read: int = 0
     bytes_sent: int = 0
     """Bytes of blocks that were stored because they were new, before compression; of a source that changed meanwhile
     also of those that needed no storing."""
+
+
+TRACKING = "flushpoint:"
+"""How the names of our own bitmaps begin."""
+
+
+def tracking_bitmap(repository: str, group: str, epoch: int) -> str:
+    """The name of the bitmap that knows what was written since point `epoch` was cut. No other is trusted unasked."""
+    return f"{TRACKING}{repository}:{group}:{epoch}"
 
 
 class PointMember(BaseModel):

@@ -26,7 +26,9 @@ def mirror(
     sync: Annotated[
         Sync, typer.Option(help="Which data: all, the top image's, a bitmap's, or what differs.")
     ] = Sync.FULL,
-    bitmap: Annotated[str | None, typer.Option(metavar="NAME", help="The dirty bitmap of --sync dirty.")] = None,
+    bitmap: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The dirty bitmap of --sync dirty, or of incremental.")
+    ] = None,
     speed: Annotated[str, typer.Option(metavar="RATE", help="Bytes per second, as in 50M; 0 is unlimited.")] = "0",
     on_source_error: Annotated[ErrorPolicy, typer.Option(help="What a read error does.")] = ErrorPolicy.REPORT,
     on_target_error: Annotated[ErrorPolicy, typer.Option(help="What a write error does.")] = ErrorPolicy.REPORT,

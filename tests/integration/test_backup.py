@@ -104,11 +104,11 @@ def test_an_incremental_stores_what_differs_and_each_point_stays_what_it_was(
         file.write(bytes(MIB))
     second = done(stack.mirror(disk, target(repository), sync="incremental"))
     assert second.bytes_sent == 64 * 1024
-    assert second.compare_reason == "asked for"
+    assert "has no dirty bitmaps" in second.compare_reason
     with Repository.open(local_uri(repository), Access(["/"], [])) as opened:
         assert read_point(opened, "shop", 1) == first
         assert read_point(opened, "shop", 2) == disk.read_bytes()
-        assert opened.decisions.point("shop", 2).members[0].reason == "asked for"
+        assert opened.decisions.point("shop", 2).members[0].reason == second.compare_reason
         assert check(opened, data=True).damage == []
 
 
@@ -125,6 +125,56 @@ def test_a_dirty_bitmap_says_what_is_read(stack: Stack, repository: Path, tmpfs_
     run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, tmpfs_path / "flat.img")
     with Repository.open(local_uri(repository), Access(["/"], [])) as opened:
         assert read_point(opened, "shop") == (tmpfs_path / "flat.img").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "why"),
+    [
+        ("{id}:shop:1", "", ""),
+        ("{id}:shop:7", "", "has no bitmap"),
+        ("{id}:other:1", "", "has no bitmap"),
+        ("0123:shop:1", "", "has no bitmap"),
+        ("{id}:shop:1", "--disable", "is disabled"),
+    ],
+)
+def test_an_incremental_trusts_the_bitmap_of_the_point_it_adds_to_and_no_other(
+    stack: Stack, repository: Path, tmpfs_path: Path, name: str, flags: str, why: str
+) -> None:
+    disk = tmpfs_path / "disk.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", make_disk(tmpfs_path / "d.img", SIZE, DATA), disk)
+    done(stack.mirror(disk, target(repository)))
+    with Repository.open(local_uri(repository), Access(["/"], [])) as opened:
+        bitmap = "flushpoint:" + name.format(id=opened.id)
+    run("qemu-img", "bitmap", "--add", disk, bitmap)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 3M 64k", "-c", "write -z 17M 64k", disk)
+    if flags:
+        run("qemu-img", "bitmap", flags, disk, bitmap)
+    job = done(stack.mirror(disk, target(repository), sync="incremental"))
+    assert job.bytes_sent == 64 * 1024
+    assert (job.bytes_read <= 2 * 64 * 1024) == (why == "")
+    assert why in job.compare_reason
+    assert job.bitmap == ("" if why else bitmap)
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, tmpfs_path / "flat.img")
+    with Repository.open(local_uri(repository), Access(["/"], [])) as opened:
+        reason = opened.decisions.point("shop", 2).members[0].reason
+        assert reason == (job.compare_reason or f"by bitmap {bitmap!r}")
+        assert read_point(opened, "shop") == (tmpfs_path / "flat.img").read_bytes()
+
+
+def test_an_incremental_reads_the_bitmap_it_was_told_of_where_it_is_there(
+    stack: Stack, repository: Path, tmpfs_path: Path
+) -> None:
+    disk = tmpfs_path / "disk.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", make_disk(tmpfs_path / "d.img", SIZE, DATA), disk)
+    run("qemu-img", "bitmap", "--add", disk, "mine")
+    place = f"{target(repository)}&disk=vda"
+    done(stack.mirror(disk, place, sync="incremental", bitmap="mine"))  # no point yet: all of it
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 3M 64k", disk)
+    for bitmap, offered in (("mine", True), ("another", False)):
+        with QemuNbd(disk, "--read-only", "--bitmap=mine", image_format="qcow2") as server:
+            job = done(stack.mirror(server.uri, place, sync="incremental", bitmap=bitmap, source_frozen=True))
+        assert (job.bytes_read <= 2 * 64 * 1024) == offered
+        assert ("does not offer" in job.compare_reason) != offered
 
 
 def test_a_bitmap_without_a_point_to_add_to_is_refused(stack: Stack, repository: Path, tmpfs_path: Path) -> None:

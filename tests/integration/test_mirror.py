@@ -175,6 +175,22 @@ def test_sync_incremental_sends_what_differs(stack: Stack, disks: Path) -> None:
     assert same_bytes(source, target)
 
 
+def test_sync_incremental_reads_a_bitmap_that_is_there_and_compares_without(stack: Stack, disks: Path) -> None:
+    source = disks / "source.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", random_disk(disks / "original.img", 24 * MIB), source)
+    target = disks / "target.img"
+    assert stack.mirror(source, target).error == ""
+    qemu_img("bitmap", "--add", "-f", "qcow2", source, "b0")
+    for byte, bitmap in ((1, "b0"), (2, "b1")):
+        qemu_io(source, f"write -P {byte} 3M 64k")
+        job = stack.mirror(source, target, sync="incremental", bitmap=bitmap)
+        assert job.error == "", stack.logs()
+        assert job.bytes_sent == 64 * 1024
+        assert (job.bytes_read == 64 * 1024) == (job.bitmap == "b0") == (job.compare_reason == "")
+        assert same_bytes(target, flat(source, "qcow2", disks))
+    assert "has no bitmap 'b1'" in job.compare_reason
+
+
 def test_zeroes_in_data_become_holes(stack: Stack, disks: Path) -> None:
     source = make_disk(disks / "source.img", 32 * MIB, {0: bytes(16 * MIB), 16 * MIB: os.urandom(MIB)})
     target = disks / "target.img"

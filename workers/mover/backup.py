@@ -22,7 +22,7 @@ from coordinator.ledger.contract import Ledger
 from coordinator.model.errors import DiskIOError, FlushpointError, Next, NotFoundError, RefusedError, Side
 from coordinator.model.extent import Extent, Status, unpack_extents
 from coordinator.model.job import JobRecord, State, Sync
-from coordinator.model.point import Decision
+from coordinator.model.point import Decision, tracking_bitmap
 from coordinator.model.repository_uri import RepositoryUri
 from coordinator.model.units import Claim
 from coordinator.model.uri import disk_name, parse
@@ -59,8 +59,9 @@ class Backups:
         self._renewed_at = -HOLD_RENEW_S
         """Monotonic; of the open job's hold."""
 
-    def open_first(self, job: JobRecord, claim: Claim, source: Source) -> dict[str, object]:
-        """Open the job's epoch, and say what the job's record is to keep. Changes nothing but a hold."""
+    def open_first(self, job: JobRecord, claim: Claim, source: Source) -> tuple[dict[str, object], str]:
+        """Open the job's epoch. What the job's record is to keep, and which bitmap of the source would tell what was
+        written since the parent. Changes nothing but a hold."""
         uri = self._uri(job)
         group, disk = names(job)
         with self._repository_of(job) as repository:
@@ -77,8 +78,9 @@ class Backups:
             except FlushpointError as error:
                 abandon(repository, group, epoch.number, f"job {job.id}: {error.message}")
                 raise
+            bitmap = job.spec.bitmap or tracking_bitmap(repository.id, group, epoch.parent.epoch if epoch.parent else 0)
         member = epoch.parent_member
-        return {
+        facts = {
             "group": group,
             "disk": disk,
             "epoch": epoch.number,
@@ -90,6 +92,7 @@ class Backups:
             "compare_reason": reason,
             "cut_at": time.time(),
         }
+        return facts, bitmap
 
     def copy(self, job: JobRecord, claim: Claim, source: Source, lease: Lease) -> tuple[Outcome, str]:
         """Write a unit; the pack's name if all of it is done, or the failure and everything as remaining."""
@@ -136,7 +139,7 @@ class Backups:
             member = epoch.member_of(ref, job.disk_size).model_copy(
                 update={
                     "sync": str(job.spec.sync),
-                    "reason": job.compare_reason,
+                    "reason": f"by bitmap {job.bitmap!r}" if job.bitmap else job.compare_reason,
                     "bytes_read": job.bytes_read,
                     "bytes_sent": job.bytes_sent,
                 }
@@ -326,7 +329,7 @@ def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
         return False, "there is no recovery point yet, so all of it was stored"
     if member.size != size:
         return False, "the disk has changed its size, so all of it was compared"
-    return True, "asked for"
+    return True, ""
 
 
 def _check_parent(job: JobRecord, epoch: Epoch) -> None:

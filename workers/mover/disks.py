@@ -66,7 +66,7 @@ class Disks:
             self._open_for = (job.id, job.pass_number)
         if self._source is None:
             with opening(Side.SOURCE):
-                self._source = self._source_of_old_size(job)
+                self._source = self.source_again(job)
         if self._target is None:
             with opening(Side.TARGET):
                 self._target = self.open_target(job, job.disk_size, create=False)
@@ -110,7 +110,8 @@ class Disks:
             self._fast.close()
             self._fast = None
 
-    def _source_of_old_size(self, job: JobRecord) -> Source:
+    def source_again(self, job: JobRecord) -> Source:
+        """The source of a job whose disk's size is known; RefusedError if it is another now."""
         source = self.open_source(job)
         if source.size == job.disk_size:
             return source
@@ -124,7 +125,9 @@ class Disks:
     def open_source(self, job: JobRecord) -> Source:
         spec = job.spec
         limits = replace(self.limits, connections=1) if job.id in self._one_reader else self.limits
-        source = open_source(parse(spec.source), spec.sync, spec.bitmap, self.access, limits)
+        bitmap = spec.bitmap if spec.sync is Sync.DIRTY else job.bitmap or None
+        sync = Sync.DIRTY if bitmap else spec.sync
+        source = open_source(parse(spec.source), sync, bitmap, self.access, limits)
         if source.max_readers == 1:
             self._one_reader.add(job.id)
         return source

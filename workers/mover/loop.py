@@ -23,7 +23,7 @@ from coordinator.model.task import TaskKind
 from coordinator.model.units import Claim, UnitKind
 from coordinator.settings import Settings
 from workers.failpoint import pass_point
-from workers.mover import memory
+from workers.mover import points
 from workers.mover.backup import Backups
 from workers.mover.disks import Disks, OpenError, opening
 from workers.mover.engine import Engine, Failure, Orders, Outcome
@@ -282,7 +282,7 @@ class Mover:
     def _publish(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
         with opening(Side.TARGET):
             decision = self._backups.publish(job)
-        memory.published(self._ledger, job.spec.target, decision)
+        points.published(self._ledger, job.spec.target, decision)
         self._finish(claim)
 
     def _abandon(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
@@ -300,10 +300,10 @@ class Mover:
         assert task is not None
         try:
             if task.kind is TaskKind.SCAN:
-                result = memory.scan(task, self._ledger, access, lease.assert_held)
+                result = points.scan(task, self._ledger, access, lease.assert_held)
             else:
                 result = chores.run(task, job.id, access, lease.assert_held)
-                memory.changed(self._ledger, task, result)
+                points.changed(self._ledger, task, result)
         except chores.FoundDamageError as error:
             self._ledger.opened(job.id, claim.unit_id, claim.token, {"result": json.dumps(error.result)})
             raise OpenError(Side.SOURCE, error) from error

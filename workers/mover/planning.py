@@ -17,7 +17,7 @@ from coordinator.model.repository_uri import is_repository
 from coordinator.model.units import Claim, PlannedUnit, UnitKind, plan_units
 from coordinator.model.uri import parse
 from workers.mover.backup import Backups
-from workers.mover.disks import Disks, opening
+from workers.mover.disks import Disks, OpenError, opening
 from workers.mover.lease import Lease, LeaseLostError
 from workers.mover.pace import Step
 from workers.sources.contract import Source
@@ -105,6 +105,7 @@ class Planner:
         except BaseException:
             source.close()
             raise
+        source, how = self._prefer_bitmap(job, source, job.spec.bitmap or "")
         self.disks.keep(job, source, target)
         with opening(Side.TARGET):
             self._reserve(job, claim, target.identity())
@@ -114,7 +115,7 @@ class Planner:
             "disk_size": source.size,
             "block_size": max(source.block_size, target.block_size),
             "target_zeroed": zeroed,
-            "compare_reason": "asked for" if job.spec.sync is Sync.INCREMENTAL else "",
+            **how,
         }
         self._record(claim, facts)
         return job.model_copy(update=facts)
@@ -123,14 +124,36 @@ class Planner:
         """The same for a target that is a repository: nothing is touched but the hold of an epoch."""
         try:
             with opening(Side.TARGET):
-                epoch = self.backups.open_first(job, claim, source)
+                facts, bitmap = self.backups.open_first(job, claim, source)
         except BaseException:
             source.close()
             raise
+        if facts["on_parent"]:
+            source, how = self._prefer_bitmap(job, source, bitmap)
+            facts |= how
         self.disks.keep(job, source, self.disks.open_target(job, source.size, create=True))
-        facts = {"disk_size": source.size, "block_size": source.block_size, **epoch}
+        facts |= {"disk_size": source.size, "block_size": source.block_size}
         self._record(claim, facts)
         return job.model_copy(update=facts)
+
+    def _prefer_bitmap(self, job: JobRecord, source: Source, bitmap: str) -> tuple[Source, dict[str, object]]:
+        """An incremental job's source by its bitmap, if that can be trusted; else as it is, to be compared, and why."""
+        if job.spec.sync is not Sync.INCREMENTAL:
+            return source, {}
+        if not bitmap:
+            return source, {"compare_reason": "no bitmap was named"}
+        size = source.size
+        source.close()  # its server may let in one client only
+        by_bitmap = job.model_copy(update={"bitmap": bitmap, "disk_size": size})
+        try:
+            with opening(Side.SOURCE):
+                return self.disks.source_again(by_bitmap), {"bitmap": bitmap}
+        except OpenError as failed:
+            if not isinstance(failed.error, RefusedError):
+                raise
+            why = failed.error.message
+        with opening(Side.SOURCE):
+            return self.disks.source_again(job.model_copy(update={"disk_size": size})), {"compare_reason": why}
 
     def _open_target(self, job: JobRecord, size: int) -> Target:
         """A target that `_check_target` has looked at, if it was there."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coordinator.model.errors import DiskIOError, FlushpointError, NotFoundError, RefusedError, UnavailableError
+from coordinator.model.point import TRACKING
 from workers.access import Access
 
 TOOL_TIMEOUT_S = 30.0
@@ -34,6 +35,8 @@ class Bitmap:
     granularity: int
     inconsistent: bool
     """The "in-use" flag: its writer lives, or died without storing it."""
+    enabled: bool
+    """The "auto" flag: it records what is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,11 @@ def bitmap_for_reading(image: Image, name: str, has_writer: bool) -> Bitmap:
                 f"bitmap {name!r} of {image.path} is inconsistent: its last writer did not store it",
                 "compare with --sync incremental, and remove it with qemu-img bitmap --remove",
             )
+        if name.startswith(TRACKING) and not bitmap.enabled:
+            raise RefusedError(
+                f"bitmap {name!r} of {image.path} is disabled, so that it does not know all that was written",
+                "remove it with qemu-img bitmap --remove",
+            )
         return bitmap
     there = ", ".join(sorted(b.name for b in image.bitmaps)) or "none"
     raise NotFoundError(f"{image.path} has no bitmap {name!r}; it has: {there}", "name one of these")
@@ -128,7 +136,7 @@ def _info(path: str) -> dict[str, Any]:
 
 def _bitmaps(info: dict[str, Any]) -> tuple[Bitmap, ...]:
     listed = info.get("format-specific", {}).get("data", {}).get("bitmaps", [])
-    return tuple(Bitmap(b["name"], int(b["granularity"]), "in-use" in b["flags"]) for b in listed)
+    return tuple(Bitmap(b["name"], int(b["granularity"]), "in-use" in b["flags"], "auto" in b["flags"]) for b in listed)
 
 
 def _backing_of(path: str, info: dict[str, Any], access: Access) -> tuple[str | None, Image | None]:

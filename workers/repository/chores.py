@@ -1,6 +1,6 @@
 """What is done to a repository as a whole: each function is one `TaskKind`, and returns what its job tells.
 
-A scan is not among them: it is about what the ledger knows (see workers/mover/memory.py).
+A scan is not among them: it is about what the ledger knows (see workers/mover/points.py).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from coordinator.model.point import Retention
 from coordinator.model.task import RepositoryTask, TaskKind
 from tests.repositories import backup, local_uri, make_repository
 from workers.access import Access
-from workers.mover import memory
+from workers.mover import points
 from workers.repository import chores
 from workers.repository.decisions import Decisions
 from workers.repository.layout import DamageError, point_key
@@ -36,7 +36,7 @@ def repository(tmp_path: Path) -> Iterator[Repository]:
 def scan(repository: Repository, ledger: MemoryLedger, *groups: str) -> dict[str, object]:
     uri = str(local_uri(Path(repository.store.name.removeprefix("repo+file://"))))
     task = RepositoryTask(kind=TaskKind.SCAN, repository=uri, groups=groups)
-    return memory.scan(task, ledger, ACCESS, lambda: None)
+    return points.scan(task, ledger, ACCESS, lambda: None)
 
 
 def test_a_scan_teaches_a_ledger_that_knows_nothing_all_points(repository: Repository, ledger: MemoryLedger) -> None:
@@ -75,7 +75,7 @@ def test_points_that_others_pruned_are_forgotten(repository: Repository, ledger:
     prune = RepositoryTask(kind=TaskKind.PRUNE, repository=uri, groups=("shop",), retention=Retention(last=1))
     result = chores.run(prune, "job", ACCESS, lambda: None)
     assert ledger.point_epochs(repository.id, "shop") == [1, 2, 3], "this ledger was not told"
-    memory.changed(ledger, prune, result)
+    points.changed(ledger, prune, result)
     assert ledger.point_epochs(repository.id, "shop") == [3]
     fresh = MemoryLedger()
     scan(repository, fresh)
@@ -89,7 +89,7 @@ def test_a_dry_run_makes_nothing_forgotten(repository: Repository, ledger: Memor
     scan(repository, ledger)
     uri = str(local_uri(Path(repository.store.name.removeprefix("repo+file://"))))
     prune = RepositoryTask(kind=TaskKind.PRUNE, repository=uri, retention=Retention(last=1), dry_run=True)
-    memory.changed(ledger, prune, chores.run(prune, "job", ACCESS, lambda: None))
+    points.changed(ledger, prune, chores.run(prune, "job", ACCESS, lambda: None))
     assert ledger.point_epochs(repository.id, "shop") == [1, 2]
 
 
@@ -116,6 +116,6 @@ def test_a_damaged_manifest_is_named_and_hides_no_other(
 def test_a_published_point_is_remembered_and_told_once(repository: Repository, ledger: MemoryLedger) -> None:
     decision = backup(repository, "shop", DATA)
     for _ in range(2):
-        memory.published(ledger, f"{repository.store.name}?group=shop", decision)
+        points.published(ledger, f"{repository.store.name}?group=shop", decision)
     assert ledger.points(repository.id, "shop") == [decision.record()]
     assert [event["event"] for event in ledger.events()] == ["RECOVERY_POINT"]
