@@ -25,7 +25,8 @@ ACCESS_KEY, SECRET_KEY = "flushpoint-tests", "not-a-secret-of-anybody"
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-    "AWS_REGION": "us-east-1",
+    "AWS_REGION": "us-east-1",  # rclone's and s5cmd's
+    "AWS_DEFAULT_REGION": "us-east-1",  # boto3's
     "AWS_EC2_METADATA_DISABLED": "true",
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,

@@ -3,7 +3,7 @@
 =================================================  =====================================================
 ``repo+file:///DIR``                                 a directory
 ``s3://BUCKET/PREFIX``                               a prefix of a bucket; credentials as boto3 finds them
-``…?key=env:NAME`` or ``…?key=file:/PATH``           where the worker finds the key of an encrypted one
+``…?key=env:NAME``, ``file:/PATH`` or ``kms:KEY``    where the worker finds the key of an encrypted one
 ``…?endpoint=https://…&region=…&addressing=…``       an S3-compatible server (see `S3Options`)
 ``…?group=G&disk=D[&point=N]``                       one disk of a group: as a target, or of point N as a source
 =================================================  =====================================================
@@ -24,7 +24,7 @@ LATEST = 0
 _EXAMPLE = "write s3://bucket/prefix or repo+file:///directory"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
-_KEY_REFERENCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|file:/.+")
+_KEY_REFERENCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|file:/.+|kms:[A-Za-z0-9:/_-]+")
 _ALLOWED = {
     "addressing": ("auto", "path", "virtual"),
     "checksums": ("when_required", "when_supported"),
@@ -107,8 +107,10 @@ def parse_repository(text: str) -> RepositoryUri:
     if len(query) != len(pairs):
         raise UsageError(f"the URI of the repository {parts.netloc}{parts.path} gives a key twice", _EXAMPLE)
     key = query.pop("key", "")
-    if key and not _KEY_REFERENCE.fullmatch(key):
-        raise UsageError("key= is no reference to a key", "write key=env:NAME or key=file:/path; never the key itself")
+    if key and not is_key_reference(key):
+        raise UsageError(
+            "key= is no reference to a key", "write key=env:NAME, key=file:/path or key=kms:KEY; never the key itself"
+        )
     group, disk = query.pop("group", ""), query.pop("disk", "")
     for what, name in (("group", group), *(("disk", part) for part in disk.split("/") if disk)):
         if name and not _NAME.fullmatch(name):
@@ -135,6 +137,10 @@ def parse_repository(text: str) -> RepositoryUri:
     if not path.strip("/"):
         raise UsageError("the directory of the repository is missing", _EXAMPLE)
     return RepositoryUri("file", path=path.rstrip("/"), key=key, group=group, disk=disk, point=point)
+
+
+def is_key_reference(text: str) -> bool:
+    return _KEY_REFERENCE.fullmatch(text) is not None
 
 
 def _bucket(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from coordinator.model.point import Retention
-from coordinator.model.repository_uri import parse_repository
+from coordinator.model.repository_uri import is_key_reference, parse_repository
 
 
 class TaskKind(enum.StrEnum):
@@ -40,11 +40,13 @@ class RepositoryTask(BaseModel):
     retention: Retention = Field(default=Retention(), description="prune: what to keep")
     dry_run: bool = Field(default=False, description="prune: say what would go, and change nothing")
     data: bool = Field(default=False, description="check: read every pack, too")
-    new_key: str = Field(default="", max_length=4096, description="rewrap-keys: env:NAME or file:/path")
+    new_key: str = Field(default="", max_length=4096, description="rewrap-keys: env:NAME, file:/path or kms:KEY")
 
     @model_validator(mode="after")
     def _names_are_well_formed(self) -> Self:
         parse_repository(self.repository)
         if (self.kind is TaskKind.REWRAP_KEYS) != bool(self.new_key):
             raise ValueError("new_key goes with rewrap-keys: give both or neither")
+        if self.new_key and not is_key_reference(self.new_key):
+            raise ValueError("new_key is no reference to a key: write env:NAME, file:/path or kms:KEY")
         return self

@@ -28,7 +28,7 @@ def init(
     level: Annotated[int, typer.Option(min=1, max=22, help="zstd level of what is stored.")] = 1,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Probe a store and make an empty repository in it; encrypted if the URI has ?key=env:NAME or ?key=file:/PATH."""
+    """Probe a store and make an empty repository in it, encrypted with ?key=env:NAME, key=file:/PATH or key=kms:KEY."""
     result = run_task(RepositoryTask(kind=TaskKind.INIT, repository=uri, level=level))
     for sentence in result["store"]["cannot"]:
         output.say(f"warning: {sentence}")
@@ -78,7 +78,7 @@ def new_data_key(uri: UriArgument, as_json: output.JsonOption = False) -> None:
 @app.command(name="rewrap-keys")
 def rewrap_keys(
     uri: UriArgument,
-    new_key: Annotated[str, typer.Option("--new-key", metavar="REFERENCE", help="env:NAME or file:/PATH.")],
+    new_key: Annotated[str, typer.Option("--new-key", metavar="REFERENCE", help="env:NAME, file:/PATH or kms:KEY.")],
     as_json: output.JsonOption = False,
 ) -> None:
     """Change the owner's key: the old one, named in the URI, opens nothing afterwards."""

@@ -20,6 +20,7 @@ from workers.repository.collect import condemn, prune
 from workers.repository.compact import compact
 from workers.repository.layout import PACKS, DamageError
 from workers.repository.repository import Repository, allowed_store
+from workers.repository.secret import new_owners_key, owners_key
 from workers.repository.store import probe
 
 WentOn = Callable[[], None]
@@ -57,10 +58,11 @@ def _run(
         case TaskKind.COMPACT:
             return asdict(compact(repository, went_on=went_on))
         case TaskKind.NEW_DATA_KEY:
-            return {"key": keyring.rotate(repository.store, _secret(uri, access))}
+            return {"key": keyring.rotate(repository.store, _secret(repository, uri, access))}
         case TaskKind.REWRAP_KEYS:
-            new = keyring.resolve_secret(task.new_key, access)
-            return {"keys": keyring.rewrap(repository.store, _secret(uri, access), new)}
+            old = _secret(repository, uri, access)
+            new = new_owners_key(task.new_key, access, repository.store, repository.id)
+            return {"keys": keyring.rewrap(repository.store, old, new)}
         case _:
             raise ValueError(f"{task.kind} is done elsewhere")
 
@@ -92,7 +94,7 @@ def _check(repository: Repository, data: bool, went_on: WentOn) -> dict[str, Any
     raise FoundDamageError(report)
 
 
-def _secret(uri: RepositoryUri, access: Access) -> bytes:
+def _secret(repository: Repository, uri: RepositoryUri, access: Access) -> bytes:
     if not uri.key:
         raise RefusedError("no key was named, so the repository is not encrypted and has none", "add key=… to its URI")
-    return keyring.resolve_secret(uri.key, access)
+    return owners_key(uri.key, access, repository.store, repository.id)

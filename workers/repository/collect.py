@@ -26,6 +26,7 @@ from workers.failpoint import pass_point
 from workers.repository.decisions import Group, Hold, prune_leftovers
 from workers.repository.epochs import abandon
 from workers.repository.layout import COMPACTION, CONDEMNED, DISKS, MOVED, PACKS, DamageError
+from workers.repository.locks import extend_locks
 from workers.repository.pack import read_head
 from workers.repository.reach import Alive, find_alive, live_points
 from workers.repository.repository import Repository
@@ -72,6 +73,8 @@ class Pruned:
     """Epochs whose writers are dead, "group@epoch"."""
     uploads: int = 0
     """Unfinished uploads that were removed."""
+    locked: int = 0
+    """Objects whose lock was extended."""
 
 
 def prune(
@@ -107,6 +110,7 @@ def collect(repository: Repository, report: Pruned, went_on: Callable[[], None] 
     open_now = open_epochs(repository)
     groups = repository.decisions.groups()
     alive = find_alive(repository, live_points(repository, groups), went_on)
+    report.locked = extend_locks(repository, groups, alive, went_on)
     for key, sentence in sentences:
         if may_go(open_now, groups, sentence):
             _execute(repository, key, [k for k in sentence.keys if not _leads_to(alive, k)], report)

@@ -13,10 +13,8 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Literal
 
 import blake3
@@ -27,8 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
-from workers.access import Access
+from coordinator.model.errors import FlushpointError, RefusedError
 from workers.repository.layout import ID_BYTES, KEYS, DamageError, plain_seal
 from workers.repository.store.contract import Buffer, ObjectStore
 
@@ -160,28 +157,6 @@ class Keyring:
     def _derived(self, key_id: bytes, name: bytes) -> Seal:
         info = b"flushpoint object " + name
         return _GcmSeal(HKDF(SHA256(), KEY_BYTES, salt=self.repository, info=info).derive(self._data_keys[key_id]))
-
-
-def resolve_secret(reference: str, access: Access) -> bytes:
-    """What env:NAME or file:/PATH refers to on this host. The secret itself never leaves it."""
-    kind, _, name = reference.partition(":")
-    if kind == "env":
-        value = os.environ.get(name, "").encode()
-        if not value:
-            raise NotFoundError(
-                f"the worker's environment has no {name}, which was named as the key", "set it where the worker starts"
-            )
-        return value.strip()
-    path = access.check_path(name, must_exist=True)
-    try:
-        value = Path(path).read_bytes().strip()
-    except OSError as error:
-        raise RefusedError(
-            f"{name}, which was named as the key, cannot be read: {error.strerror}", "give the worker's user access"
-        ) from error
-    if not value:
-        raise RefusedError(f"{name}, which was named as the key, is empty", "write a key or a passphrase into it")
-    return value
 
 
 def new_keys(store: ObjectStore, secret: bytes) -> None:

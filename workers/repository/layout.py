@@ -18,7 +18,7 @@ SEGMENTS_A_PAGE = 512
 
 REPOSITORY_KEY = "repository.json"
 KEYS, PACKS, DISKS, GROUPS, HOLDS = "keys/", "packs/", "disks/", "groups/", "holds/"
-MOVED, CONDEMNED = "moved/", "condemned/"
+MOVED, CONDEMNED, OWNERS = "moved/", "condemned/", "owners/"
 COMPACTION = ".compaction"
 """Stands for a group in the holds and packs of a compaction; no group can have this name."""
 ID_BYTES = 16

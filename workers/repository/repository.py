@@ -23,6 +23,7 @@ from workers.repository.layout import FORMAT, ID_BYTES, REPOSITORY_KEY, DamageEr
 from workers.repository.reader import SPAN_BYTES, Fetcher, PointDisk
 from workers.repository.relocations import Relocations
 from workers.repository.root import Root, RootRef
+from workers.repository.secret import new_owners_key, owners_key
 from workers.repository.store import open_store
 from workers.repository.store.contract import MissingObjectError, ObjectStore
 
@@ -91,7 +92,7 @@ class Repository:
                 made_by=made_by,
             )
             if uri.key:
-                keys.new_keys(store, keys.resolve_secret(uri.key, access))
+                keys.new_keys(store, new_owners_key(uri.key, access, store, record.id))
             sealed = {**record.model_dump(), "seal": plain_seal(record.model_dump())}
             if not store.put_if_absent(REPOSITORY_KEY, json.dumps(sealed, indent=1).encode()):
                 raise RefusedError(f"somebody else has just made a repository at {store.name}", "use that")
@@ -189,6 +190,6 @@ def _keyring(store: ObjectStore, record: RepositoryRecord, uri: RepositoryUri, a
     if not uri.key:
         raise RefusedError(
             f"the repository {store.name} is encrypted, and no key was named",
-            "add key=env:NAME or key=file:/path to its URI",
+            "add key=env:NAME, key=file:/path or key=kms:KEY to its URI",
         )
-    return keys.load(store, repository, keys.resolve_secret(uri.key, access))
+    return keys.load(store, repository, owners_key(uri.key, access, store, record.id))

@@ -67,7 +67,7 @@ class Histories(RuleBasedStateMachine):
         self.dice = random.Random(seed)
         (self.directory / "key").write_text("a passphrase")
         (self.directory / "repository").mkdir()
-        self.secret = keyring.resolve_secret(f"file:{self.directory}/key", self.access) if encrypted else b""
+        self.secret = (self.directory / "key").read_bytes().strip() if encrypted else b""
         query = f"?key=file:{self.directory}/key" if encrypted else ""
         self.uri = parse_repository(f"repo+file://{self.directory}/repository{query}")
         self.repository = Repository.init(self.uri, self.access)

@@ -143,6 +143,10 @@ class ObjectStore(Protocol):
         Only the age tells a killed upload from one under way: take hours.
         """
 
+    @property
+    def locks(self) -> bool:
+        """Whether objects are locked against removal for some days, which have to be extended."""
+
     def extend_lock(self, key: str) -> None:
         """Under object lock: keep it for the configured days from now. Nothing where no lock is configured."""
 

@@ -132,6 +132,10 @@ class LocalStore:
             raise self.failed("tidy", TEMPORARY, error) from error
         return aborted
 
+    @property
+    def locks(self) -> bool:
+        return False
+
     def extend_lock(self, key: str) -> None:
         check_key(key)
 

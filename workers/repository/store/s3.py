@@ -125,6 +125,10 @@ class S3Store:
                     aborted += self._abort(upload)
         return aborted
 
+    @property
+    def locks(self) -> bool:
+        return self._requests.locks
+
     def extend_lock(self, key: str) -> None:
         self._requests.extend_lock(key)
 

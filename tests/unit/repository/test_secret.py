@@ -1,0 +1,136 @@
+"""The owner's key kept by AWS KMS, which moto plays."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3  # type: ignore[import-untyped]
+import pytest
+
+from coordinator.model.errors import RefusedError, UnavailableError
+from coordinator.model.task import RepositoryTask, TaskKind
+from tests.object_servers import ObjectServer, running_moto
+from tests.repositories import backup, local_uri, read_point
+from workers.access import Access
+from workers.repository import chores
+from workers.repository.layout import OWNERS, DamageError
+from workers.repository.repository import Repository
+
+ACCESS = Access(["/"], ["*"])
+DATA = b"a disk" * 20000
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectServer]:
+    with running_moto() as running:
+        yield running
+
+
+@pytest.fixture
+def kms(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    for name, value in {**server.env, "AWS_ENDPOINT_URL_KMS": server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return boto3.client("kms")
+
+
+@pytest.fixture
+def key(kms: Any) -> str:
+    return str(kms.create_key()["KeyMetadata"]["KeyId"])
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "repository"
+    made.mkdir()
+    return made
+
+
+def open_with(directory: Path, key: str) -> Repository:
+    return Repository.open(local_uri(directory, key), ACCESS)
+
+
+def test_a_repository_whose_key_kms_keeps_is_opened_with_its_name(key: str, directory: Path) -> None:
+    with Repository.init(local_uri(directory, f"kms:{key}"), ACCESS) as repository:
+        backup(repository, "shop", DATA)
+    with open_with(directory, f"kms:{key}") as repository:
+        assert read_point(repository, "shop") == DATA
+
+
+def test_a_record_of_another_repository_is_not_decrypted(key: str, directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for place in (directory, other):
+        Repository.init(local_uri(place, f"kms:{key}"), ACCESS).close()
+    [record], [others] = ((place / OWNERS).iterdir() for place in (directory, other))
+    record.write_bytes(others.read_bytes())
+    with pytest.raises(RefusedError, match=f"KMS does not let this worker use the key {key}"):
+        open_with(directory, f"kms:{key}")
+
+
+def test_an_alias_and_an_arn_name_a_key_too(kms: Any, key: str, directory: Path) -> None:
+    kms.create_alias(AliasName=f"alias/{key}", TargetKeyId=key)
+    with Repository.init(local_uri(directory, f"kms:alias/{key}"), ACCESS) as repository:
+        backup(repository, "shop", DATA)
+    with open_with(directory, f"kms:alias/{key}") as repository:
+        assert read_point(repository, "shop") == DATA
+
+
+def test_another_kms_key_opens_nothing(kms: Any, key: str, directory: Path) -> None:
+    Repository.init(local_uri(directory, f"kms:{key}"), ACCESS).close()
+    other = kms.create_key()["KeyMetadata"]["KeyId"]
+    with pytest.raises(RefusedError, match=f"no key that was encrypted by KMS under {other}"):
+        open_with(directory, f"kms:{other}")
+
+
+def test_a_key_that_kms_does_not_have_makes_no_repository(kms: Any, directory: Path) -> None:
+    uri = local_uri(directory, "kms:arn:aws:kms:us-east-1:123456789012:key/none")
+    with pytest.raises(RefusedError, match="KMS does not let"):
+        Repository.init(uri, ACCESS)
+    assert not (directory / "repository.json").exists()
+
+
+def test_a_kms_that_does_not_answer_is_said_to_be_away(
+    key: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Repository.init(local_uri(directory, f"kms:{key}"), ACCESS).close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", "http://127.0.0.1:1")
+    with pytest.raises(UnavailableError, match="KMS cannot be asked"):
+        open_with(directory, f"kms:{key}")
+
+
+def test_a_worker_asks_no_kms_beside_its_allowed_endpoints(key: str, directory: Path) -> None:
+    Repository.init(local_uri(directory, f"kms:{key}"), ACCESS).close()
+    with pytest.raises(RefusedError, match=r"127\.0\.0\.1"):
+        Repository.open(local_uri(directory, f"kms:{key}"), Access(["/"], ["elsewhere.example:443"]))
+
+
+def test_a_damaged_record_is_told_from_a_wrong_key(key: str, directory: Path) -> None:
+    Repository.init(local_uri(directory, f"kms:{key}"), ACCESS).close()
+    [record] = (directory / OWNERS).iterdir()
+    fields = json.loads(record.read_text())
+    record.write_text(json.dumps({**fields, "ciphertext": "AAAA" + fields["ciphertext"][4:]}))
+    with pytest.raises(DamageError, match=OWNERS):
+        open_with(directory, f"kms:{key}")
+
+
+def test_a_repository_moves_from_a_passphrase_to_kms_and_on_to_another_key(
+    kms: Any, key: str, directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("a passphrase")
+    other = f"kms:{kms.create_key()['KeyMetadata']['KeyId']}"
+    chain = [f"file:{tmp_path}/key", f"kms:{key}", other]
+    with Repository.init(local_uri(directory, chain[0]), ACCESS) as repository:
+        backup(repository, "shop", DATA)
+    for old, new in itertools.pairwise(chain):
+        uri = str(local_uri(directory, old))
+        task = RepositoryTask(kind=TaskKind.REWRAP_KEYS, repository=uri, new_key=new)
+        assert chores.run(task, "job", ACCESS, lambda: None)["keys"] == 2
+        with open_with(directory, new) as repository:
+            assert read_point(repository, "shop") == DATA
+        with pytest.raises(RefusedError):
+            open_with(directory, old)

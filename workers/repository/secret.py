@@ -1,0 +1,158 @@
+"""The owner's key: what wraps the keys of a repository. The repository never holds it, a URI only refers to it.
+
+``env:NAME``    of the worker's environment
+``file:/PATH``  of the worker's host
+``kms:KEY``     a key that AWS KMS has made: ``owners/<hash of KEY>.json`` holds it as KMS has encrypted it under KEY
+                (an id, ARN or alias/NAME), so that it opens only for those whom KMS lets decrypt
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coordinator.model.errors import NotFoundError, RefusedError, UnavailableError
+from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.repository.layout import OWNERS, DamageError, plain_seal
+from workers.repository.store.contract import MissingObjectError, ObjectStore
+
+_KMS_TIMEOUT_S = 20.0
+_HTTPS = 443
+
+
+class OwnerRecord(BaseModel):
+    """owners/<hash>.json: an owner's key, encrypted by KMS under `kms_key` with the repository's id as context."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    kms_key: str
+    ciphertext: str
+    """base64."""
+    seal: str = ""
+    """See layout.plain_seal."""
+
+
+def owners_key(reference: str, access: Access, store: ObjectStore, repository: str) -> bytes:
+    """What `reference` refers to, for opening the repository of that id. The secret never leaves this host."""
+    kind, _, name = reference.partition(":")
+    if kind == "kms":
+        return _from_kms(name, access, store, repository)
+    return _from_env(name) if kind == "env" else _from_file(name, access)
+
+
+def new_owners_key(reference: str, access: Access, store: ObjectStore, repository: str) -> bytes:
+    """The same for what is to be wrapped now: KMS makes a key, unless it has made one for this repository before."""
+    kind, _, name = reference.partition(":")
+    if kind == "kms" and store.size(_object_of(name)) is None:
+        _make_with_kms(name, access, store, repository)
+    return owners_key(reference, access, store, repository)
+
+
+def _from_env(name: str) -> bytes:
+    value = os.environ.get(name, "").encode().strip()
+    if not value:
+        raise NotFoundError(
+            f"the worker's environment has no {name}, which was named as the key", "set it where the worker starts"
+        )
+    return value
+
+
+def _from_file(name: str, access: Access) -> bytes:
+    path = access.check_path(name, must_exist=True)
+    try:
+        value = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise RefusedError(
+            f"{name}, which was named as the key, cannot be read: {error.strerror}", "give the worker's user access"
+        ) from error
+    if not value:
+        raise RefusedError(f"{name}, which was named as the key, is empty", "write a key or a passphrase into it")
+    return value
+
+
+def _object_of(kms_key: str) -> str:
+    return f"{OWNERS}{hashlib.sha256(kms_key.encode()).hexdigest()[:32]}.json"
+
+
+def _from_kms(kms_key: str, access: Access, store: ObjectStore, repository: str) -> bytes:
+    key = _object_of(kms_key)
+    try:
+        record = OwnerRecord.model_validate_json(store.get(key))
+        ciphertext = base64.b64decode(record.ciphertext, validate=True)
+    except MissingObjectError:
+        raise RefusedError(
+            f"the repository {store.name} has no key that was encrypted by KMS under {kms_key}",
+            "name the key it was made with, by key=…",
+        ) from None
+    except (ValidationError, binascii.Error) as error:
+        raise DamageError("the owner's key", key) from error
+    if record.seal != plain_seal(record.model_dump()):
+        raise DamageError("the owner's key", key)
+    answer = _ask(
+        kms_key,
+        "kms:Decrypt",
+        access,
+        lambda kms: kms.decrypt(KeyId=kms_key, CiphertextBlob=ciphertext, EncryptionContext=_context(repository)),
+    )
+    return _hexadecimal(answer["Plaintext"])
+
+
+def _make_with_kms(kms_key: str, access: Access, store: ObjectStore, repository: str) -> None:
+    answer = _ask(
+        kms_key,
+        "kms:GenerateDataKey",
+        access,
+        lambda kms: kms.generate_data_key(KeyId=kms_key, KeySpec="AES_256", EncryptionContext=_context(repository)),
+    )
+    record = OwnerRecord(kms_key=kms_key, ciphertext=base64.b64encode(answer["CiphertextBlob"]).decode())
+    sealed = {**record.model_dump(), "seal": plain_seal(record.model_dump())}
+    store.put_if_absent(_object_of(kms_key), json.dumps(sealed, indent=1).encode())
+
+
+def _context(repository: str) -> dict[str, str]:
+    """KMS decrypts only for who names it again, and writes it into its audit log."""
+    return {"flushpoint-repository": repository}
+
+
+def _hexadecimal(key: bytes) -> bytes:
+    """As the owner of a key would write it into a file; see keyring."""
+    return key.hex().encode()
+
+
+def _ask(kms_key: str, permission: str, access: Access, request: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    import boto3.session  # type: ignore[import-untyped]  # takes its time, and few need it
+    from botocore.config import Config  # type: ignore[import-untyped]
+    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+
+    config = Config(connect_timeout=_KMS_TIMEOUT_S, read_timeout=_KMS_TIMEOUT_S, retries={"mode": "standard"})
+    try:
+        kms = boto3.session.Session().client("kms", region_name=_region(kms_key), config=config)
+        where = urlsplit(kms.meta.endpoint_url)
+        access.check_endpoint(Endpoint(where.hostname, where.port or _HTTPS, None, ""))
+        return request(kms)
+    except ClientError as error:
+        raise RefusedError(
+            f"KMS does not let this worker use the key {kms_key}: {error.response['Error'].get('Message', error)}",
+            f"give its credentials {permission} for that key, and look whether the key is enabled",
+        ) from error
+    except BotoCoreError as error:
+        raise UnavailableError(
+            f"KMS cannot be asked for the key {kms_key}: {error}", "check the worker's region, credentials and network"
+        ) from error
+
+
+def _region(kms_key: str) -> str | None:
+    """Of an ARN, arn:aws:kms:REGION:ACCOUNT:key/ID; of other names that of the worker's configuration."""
+    parts = kms_key.split(":")
+    return parts[3] if parts[0] == "arn" and len(parts) > 5 else None
