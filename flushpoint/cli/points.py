@@ -117,6 +117,12 @@ def serve(
     disk: DiskOption = "",
     socket: Annotated[str, typer.Option(metavar="PATH", help="Unix socket to listen on; else one is made.")] = "",
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="TCP address to listen on instead.")] = "",
+    tls_certificates: Annotated[
+        str, typer.Option(metavar="DIR", help="Take TLS only; DIR has server-cert.pem and server-key.pem.")
+    ] = "",
+    tls_verify_peer: Annotated[
+        bool, typer.Option("--tls-verify-peer", help="Take only clients with a certificate by DIR's ca-cert.pem.")
+    ] = False,
     writable: Annotated[
         str, typer.Option(metavar="DIR", help="Take writes too, into an overlay in DIR; the point stays as it is.")
     ] = "",
@@ -131,6 +137,8 @@ def serve(
         *(("--disk", disk) if disk else ()),
         *(("--socket", str(here / socket)) if socket else ()),
         *(("--listen", listen) if listen else ()),
+        *(("--tls-certificates", str(here / tls_certificates)) if tls_certificates else ()),
+        *(("--tls-verify-peer",) if tls_verify_peer else ()),
         *(("--writable", str(here / writable)) if writable else ()),
     ]
     # The parts are run by their commands; -P, so that the directory it is started in shadows no module.

@@ -23,9 +23,10 @@ from coordinator.model.point import Decision
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
 from coordinator.settings import load_settings
 from workers.access import Access
-from workers.nbd.endpoint import Endpoint
+from workers.nbd.endpoint import Endpoint, Tls
 from workers.nbd.served import ServedDisk
 from workers.nbd.server import Server, listen
+from workers.nbd.server_handshake import ServerTls
 from workers.repository.decisions import HOLD_RENEW_S, Hold
 from workers.repository.repository import Repository
 from workers.repository.served_point import Overlay, ServedPoint
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--disk", default="", help="only this disk")
     parser.add_argument("--socket", default="", help="unix socket to listen on")
     parser.add_argument("--listen", default="", metavar="HOST:PORT", help="TCP address to listen on instead")
+    parser.add_argument("--tls-certificates", default="", metavar="DIR", help="take only clients that speak TLS")
+    parser.add_argument("--tls-verify-peer", action="store_true", help="and that show a certificate of ours")
     parser.add_argument("--writable", default="", metavar="DIR", help="keep writes in an overlay in DIR")
     given = parser.parse_args(argv)
     try:
@@ -68,11 +71,12 @@ def _serve(uri: RepositoryUri, given: argparse.Namespace, access: Access) -> Non
         stack.callback(_let_go, repository, hold)
         exports = _exports(stack, repository, point, given.disk, given.writable, access)
         endpoint = _endpoint(stack, given.socket, given.listen)
+        tls = _tls(given, access)
         listener = listen(endpoint)
         port = listener.getsockname()[1] if endpoint.socket_path is None else 0
-        stack.enter_context(Server(exports, listener))
+        stack.enter_context(Server(exports, listener, tls=tls))
         for name in exports:
-            print(_uri_of(endpoint, port, name), flush=True)
+            print(_uri_of(endpoint, port, name, encrypted=tls is not None), flush=True)
         while not stopped.wait(HOLD_RENEW_S):
             renewed = hold.model_copy(update={"renewed_at": time.time()})
             with contextlib.suppress(FlushpointError):  # a guest may run on it; the hold is good for an hour
@@ -120,8 +124,18 @@ def _endpoint(stack: contextlib.ExitStack, path: str, address: str) -> Endpoint:
     return Endpoint(None, 0, str(Path(path).absolute()), "")
 
 
-def _uri_of(endpoint: Endpoint, port: int, name: str) -> str:
-    return str(Endpoint(endpoint.host, port or endpoint.port, endpoint.socket_path, name))
+def _tls(given: argparse.Namespace, access: Access) -> ServerTls | None:
+    if not given.tls_certificates:
+        if given.tls_verify_peer:
+            raise UsageError("--tls-verify-peer wants a directory of certificates", "add --tls-certificates DIR")
+        return None
+    directory = access.check_path(given.tls_certificates, must_exist=True)
+    return ServerTls(directory, demand_client_certificates=given.tls_verify_peer)
+
+
+def _uri_of(endpoint: Endpoint, port: int, name: str, *, encrypted: bool) -> str:
+    tls = Tls() if encrypted else None
+    return str(Endpoint(endpoint.host, port or endpoint.port, endpoint.socket_path, name, tls))
 
 
 if __name__ == "__main__":
