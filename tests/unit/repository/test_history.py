@@ -7,6 +7,7 @@ compactions, new keys: after each step every live point is read back whole.
 from __future__ import annotations
 
 import random
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +66,9 @@ class Histories(RuleBasedStateMachine):
         shm = Path("/dev/shm")
         self.directory = Path(tempfile.mkdtemp(prefix="flushpoint-", dir=shm if shm.is_dir() else None))
         self.dice = random.Random(seed)
+        self.patch = pytest.MonkeyPatch()  # ids of packs and roots by the seed too, so that a failure can be replayed
+        self.patch.setattr(secrets, "token_bytes", self.dice.randbytes)
+        self.patch.setattr(secrets, "token_hex", lambda count: self.dice.randbytes(count).hex())
         (self.directory / "key").write_text("a passphrase")
         (self.directory / "repository").mkdir()
         self.secret = (self.directory / "key").read_bytes().strip() if encrypted else b""
@@ -83,6 +87,7 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "directory"):
+            self.patch.undo()
             self.repository.close()
             shutil.rmtree(self.directory)
 
