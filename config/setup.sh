@@ -2,7 +2,8 @@
 # Sets the machine up for working on Flushpoint. Called by the Makefile; running it again is quick.
 #
 #   config/setup.sh venv DIR     a virtual environment with exactly the packages of requirements.lock
-#   config/setup.sh system       the programs that tests and the demo use, through apt where allowed
+#   config/setup.sh system       the programs that tests and the demo use, through apt where allowed, and the guest
+#   config/setup.sh guest        what tests boot as a guest, unpacked in the user's cache and not installed
 #   config/setup.sh bench        what the bench uses beside them
 set -euo pipefail
 
@@ -20,6 +21,7 @@ programs=(
     nbdcopy:libnbd-bin
     nbdinfo:libnbd-bin
     rabbitmq-server:rabbitmq-server
+    mke2fs:e2fsprogs
     openssl:openssl
     certtool:gnutls-bin
     ip:iproute2
@@ -79,7 +81,7 @@ missing_packages() {
     done | sort -u
 }
 
-system() {
+install_programs() {
     local missing
     missing=$(missing_packages | tr '\n' ' ')
     [ -n "${missing// /}" ] || return 0
@@ -89,6 +91,54 @@ system() {
     hash -r
     missing=$(missing_packages | tr '\n' ' ')
     [ -z "${missing// /}" ] || die "apt installed ${missing% }, but their programs are still not on the PATH"
+}
+
+# The kernel for virtual machines, under the names of Debian and Ubuntu, with its modules, and busybox.
+guest_packages() {
+    local meta kernel
+    for meta in linux-image-cloud-amd64 linux-image-virtual; do
+        kernel=$(depends_of "$meta" 'linux-image-[0-9]')
+        [ -z "$kernel" ] || break
+    done
+    [ -n "$kernel" ] || return 1
+    echo "$kernel" busybox-static "$(depends_of "$kernel" 'linux-modules-[0-9]')"
+}
+
+depends_of() { LC_ALL=C apt-cache depends "$1" 2>/dev/null | sed -n "s/^ *Depends: \\($2.*\\)/\\1/p"; }
+
+fetch_guest() {
+    local packages package
+    packages=$(guest_packages) || return 1
+    # shellcheck disable=SC2086
+    (cd "$1" && apt-get -qq -o APT::Sandbox::User=root download $packages </dev/null >&2) || return 1
+    for package in "$1"/*.deb; do
+        dpkg-deb -x "$package" "$1" && rm "$package" || return 1
+    done
+}
+
+# Fetched once: remove the directory to have a newer kernel.
+guest() {
+    local cache=${XDG_CACHE_HOME:-~/.cache}/flushpoint-tests part prefix
+    [ ! -d "$cache/guest" ] || return 0
+    if ! has apt-get || ! has dpkg-deb; then
+        say "setup: the kernel of the guest comes from Debian's or Ubuntu's packages, and apt is not here"
+        return 1
+    fi
+    say "setup: fetching the guest of the tests"
+    mkdir -p "$cache" && part=$(mktemp -d "$cache/guest.XXXXXX") || return 1
+    # The second try is for lists of packages that are old or not there.
+    if ! fetch_guest "$part" &&
+        ! { prefix=$(apt_prefix) && $prefix apt-get -qq update </dev/null >&2 && fetch_guest "$part"; }; then
+        rm -rf "$part"
+        say "setup: apt could not fetch a kernel (linux-image-cloud-amd64 or linux-image-virtual) and busybox-static"
+        return 1
+    fi
+    mv -T "$part" "$cache/guest" 2>/dev/null || rm -rf "$part"  # somebody else was faster
+}
+
+system() {
+    install_programs
+    guest || say "setup: going on without a guest: tests that boot one are skipped, and fail in CI"
 }
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
@@ -134,7 +184,8 @@ venv() {
 
 case "${1:-}" in
     system) system ;;
-    bench) programs+=(rclone:rclone) && system ;;
+    guest) guest ;;
+    bench) programs+=(rclone:rclone) && install_programs ;;
     venv) venv "${2:?name the directory of the virtual environment}" ;;
-    *) die "usage: config/setup.sh system | bench | venv DIR" ;;
+    *) die "usage: config/setup.sh system | guest | bench | venv DIR" ;;
 esac

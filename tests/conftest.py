@@ -1,4 +1,4 @@
-"""What all tests share: programs they need, a fast directory, how to repeat what hypothesis found."""
+"""What all tests share: programs they need, a guest, a fast directory, how to repeat what hypothesis found."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import settings
+
+from tests.guest import GuestKit, NoGuestError
 
 _SYSTEM_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Servers such as nft and rabbitmq-server live here; the PATH of an ordinary user lacks it."""
@@ -27,12 +30,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """`needs(program, …)`: without it a laptop skips the test, and CI fails it."""
     for mark in item.iter_markers("needs"):
         for program in mark.args:
-            if shutil.which(program) is not None:
-                continue
-            reason = f"{program} is not on the PATH: `make system` installs it"
-            if os.environ.get("CI"):
-                pytest.fail(reason, pytrace=False)
-            pytest.skip(reason)
+            if shutil.which(program) is None:
+                _do_without(f"{program} is not on the PATH: `make system` installs it")
+
+
+def _do_without(reason: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def guest_kit() -> GuestKit:
+    """What guests boot; without it a laptop skips the test, and CI fails it."""
+    try:
+        return GuestKit.get()
+    except NoGuestError as error:
+        reason = str(error)
+    _do_without(reason)
 
 
 @pytest.fixture

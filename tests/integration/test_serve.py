@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -44,13 +43,27 @@ def repository(request: pytest.FixtureRequest, tmpfs_path: Path) -> str:
     return str(local_uri(tmpfs_path / "r", key))
 
 
+def serve_command(repository: str, *options: str) -> list[str]:
+    uri = f"{repository}{'&' if '?' in repository else '?'}group=shop"
+    return [sys.executable, "-P", "-m", "workers.repository.serve", uri, *options]
+
+
+@pytest.fixture(autouse=True)
+def every_root_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUSHPOINT_ALLOWED_ROOTS", "/")
+
+
+def serve_to_the_end(repository: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """A server that is expected to refuse."""
+    command = serve_command(repository, *options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
 @contextlib.contextmanager
 def serving(repository: str, directory: Path, *options: str) -> Iterator[str]:
     """The URI of the one export."""
-    uri = f"{repository}{'&' if '?' in repository else '?'}group=shop"
-    command = [sys.executable, "-P", "-m", "workers.repository.serve", uri, *options]
-    env = {**os.environ, "FLUSHPOINT_ALLOWED_ROOTS": "/"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=directory) as server:
+    command = serve_command(repository, *options)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=directory) as server:
         try:
             assert server.stdout is not None
             line = server.stdout.readline().strip()
@@ -59,6 +72,7 @@ def serving(repository: str, directory: Path, *options: str) -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGTERM)
             assert server.wait(15) == 0
+        assert server.stdout.read() == "", "standard output is for URIs"
 
 
 def run(*command: object) -> str:
@@ -104,6 +118,25 @@ def test_an_overlay_takes_writes_and_keeps_them(repository: str, tmpfs_path: Pat
     assert (tmpfs_path / "point").read_bytes() == content()
 
 
+def test_an_overlay_is_served_by_one_server_at_a_time(repository: str, tmpfs_path: Path) -> None:
+    overlay = str(tmpfs_path / "overlay")
+    with serving(repository, tmpfs_path, "--writable", overlay) as uri:
+        second = serve_to_the_end(repository, "--writable", overlay)
+        assert second.returncode == 3
+        assert f"{overlay}/shop@1-disk.overlay is being served already" in second.stderr
+        run("qemu-io", "-f", "raw", "-c", "write -P 1 0 64k", "-c", "flush", uri)
+    with serving(repository, tmpfs_path, "--writable", overlay) as uri:
+        run("qemu-io", "-f", "raw", "-c", "read -P 1 0 64k", uri)
+
+
+def test_an_overlay_that_cannot_be_made_is_refused_by_name(repository: str, tmpfs_path: Path) -> None:
+    file = tmpfs_path / "file"
+    file.touch()
+    done = serve_to_the_end(repository, "--writable", str(file))
+    assert done.returncode == 3
+    assert f"cannot keep writes in {file}: File exists" in done.stderr
+
+
 def test_a_served_point_is_held_until_the_server_ends(tmpfs_path: Path) -> None:
     with make_repository(tmpfs_path / "r") as made:
         backup(made, "shop", content())
@@ -114,18 +147,8 @@ def test_a_served_point_is_held_until_the_server_ends(tmpfs_path: Path) -> None:
         assert seen.decisions.holds() == []
 
 
-def test_a_point_that_does_not_exist_is_refused_with_those_that_do(repository: str, tmpfs_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "workers.repository.serve"]
-    joint = "&" if "?" in repository else "?"
-    env = {**os.environ, "FLUSHPOINT_ALLOWED_ROOTS": "/"}
-    done = subprocess.run(
-        [*command, f"{repository}{joint}group=shop&point=9"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+def test_a_point_that_does_not_exist_is_refused_with_those_that_do(repository: str) -> None:
+    done = serve_to_the_end(f"{repository}{'&' if '?' in repository else '?'}point=9")
     assert done.returncode == 3
     assert "no recovery point 9" in done.stderr
     assert "the newest are: 1" in done.stderr

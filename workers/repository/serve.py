@@ -1,6 +1,6 @@
 """`python -m workers.repository.serve`: a recovery point as NBD exports, until told to stop. Needs no coordinator.
 
-Prints one URI for each disk on standard output when all of them can be connected to.
+Prints one URI for each disk on standard output when all of them can be connected to, and nothing else there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from coordinator.model.errors import FlushpointError, UsageError
+from coordinator.logs import configure_logs
+from coordinator.model.errors import FlushpointError, RefusedError, UsageError
 from coordinator.model.point import Decision
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
 from coordinator.settings import load_settings
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tls-verify-peer", action="store_true", help="and that show a certificate of ours")
     parser.add_argument("--writable", default="", metavar="DIR", help="keep writes in an overlay in DIR")
     given = parser.parse_args(argv)
+    configure_logs("serve")
     try:
         settings = load_settings()
         access = Access(settings.allowed_roots, settings.allowed_endpoints)
@@ -99,8 +101,12 @@ def _exports(
             exports[below.name] = ServedPoint(below)
             continue
         directory = Path(access.check_path(writable, must_exist=False))
-        directory.mkdir(exist_ok=True)
-        overlay = Overlay(below, directory, f"{point.group}@{point.epoch}-{below.name.replace('/', '-')}")
+        try:
+            directory.mkdir(exist_ok=True)
+            overlay = Overlay(below, directory, f"{point.group}@{point.epoch}-{below.name.replace('/', '-')}")
+        except OSError as error:
+            reason = f"cannot keep writes in {directory}: {error.strerror or error}"
+            raise RefusedError(reason, "name a directory that can be written") from error
         stack.callback(overlay.close)
         exports[below.name] = overlay
     return exports

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class Overlay:
     zeroes_fast = False
 
     def __init__(self, disk: PointDisk, directory: Path, name: str) -> None:
-        """RefusedError if the files there are of another disk."""
+        """RefusedError if the files there are of another disk, or another server writes them."""
         self._below = ServedPoint(disk)
         self.size = disk.size
         blocks = -(-disk.size // BLOCK_BYTES)
@@ -173,13 +174,21 @@ class Overlay:
 
 
 def _sized(path: Path, size: int) -> int:
-    """A descriptor of a file of just `size` bytes, made if it is absent."""
+    """A descriptor of a file of just `size` bytes, made if it is absent, and locked: two servers would not know of each
+    other's blocks.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    there = os.fstat(fd).st_size
-    if there not in (0, size):
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_size not in (0, size):
+            raise RefusedError(f"{path} is the overlay of another disk", "name another directory, or remove it")
+        os.ftruncate(fd, size)
+    except BlockingIOError as error:
         os.close(fd)
-        raise RefusedError(f"{path} is the overlay of another disk", "name another directory, or remove it")
-    os.ftruncate(fd, size)
+        raise RefusedError(f"{path} is being served already", "name another directory, or stop that server") from error
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
