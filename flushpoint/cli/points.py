@@ -126,8 +126,12 @@ def serve(
     writable: Annotated[
         str, typer.Option(metavar="DIR", help="Take writes too, into an overlay in DIR; the point stays as it is.")
     ] = "",
+    as_json: output.JsonOption = False,
 ) -> None:
-    """Offer the disks of a recovery point as NBD exports, at once, until interrupted. Needs no coordinator."""
+    """Offer the disks of a recovery point as NBD exports, at once, until interrupted. Needs no coordinator.
+
+    Prints the URI of each, a line each, or all of them as JSON in one line; and on stderr how to boot a VM from them.
+    """
     from flushpoint.supervisor import DEFAULTS
 
     group, number = _parsed(point)
@@ -140,6 +144,7 @@ def serve(
         *(("--tls-certificates", str(here / tls_certificates)) if tls_certificates else ()),
         *(("--tls-verify-peer",) if tls_verify_peer else ()),
         *(("--writable", str(here / writable)) if writable else ()),
+        *(("--json",) if as_json else ()),
     ]
     # The parts are run by their commands; -P, so that the directory it is started in shadows no module.
     command = [sys.executable, "-P", "-m", "workers.repository.serve", uri, *options]
@@ -253,8 +258,9 @@ def _places(to: list[str], disks: list[str], image_format: str) -> dict[str, str
     for disk in missing:
         place = rest[0]
         if Path(place).is_dir() or place.endswith("/") or len(disks) > 1:
-            Path(place).mkdir(parents=True, exist_ok=True)
-            place = str(Path(place) / f"{disk.replace('/', '-')}.{image_format}")
+            file = Path(place) / f"{disk}.{image_format}"
+            file.parent.mkdir(parents=True, exist_ok=True)  # a VM's disks in a directory of its own
+            place = str(file)
         mapped[disk] = place
     return {disk: absolute(place, here) for disk, place in mapped.items()}
 

@@ -16,6 +16,8 @@ import pytest
 from coordinator.model.extent import BLOCK_BYTES
 from tests.repositories import backup, local_uri, make_repository
 from workers.access import Access
+from workers.nbd.endpoint import Endpoint
+from workers.nbd.session import Session
 from workers.repository.repository import Repository
 
 pytestmark = pytest.mark.needs("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
@@ -60,19 +62,25 @@ def serve_to_the_end(repository: str, *options: str) -> subprocess.CompletedProc
 
 
 @contextlib.contextmanager
-def serving(repository: str, directory: Path, *options: str) -> Iterator[str]:
-    """The URI of the one export."""
+def serving(repository: str, directory: Path, *options: str, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
+    """What it prints: the URI of the one export."""
     command = serve_command(repository, *options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=directory) as server:
         try:
             assert server.stdout is not None
             line = server.stdout.readline().strip()
-            assert line.startswith("nbd"), line
+            assert line.startswith(("nbd", "[")), line
             yield line
         finally:
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(15) == 0
+            server.send_signal(end)
+            assert server.wait(15) == (0 if end is signal.SIGTERM else -end)
         assert server.stdout.read() == "", "standard output is for URIs"
+
+
+def write_unflushed(uri: str, offset: int, data: bytes) -> None:
+    """QEMU's tools flush when they end, whatever they are told."""
+    with Session.open(Endpoint.parse(uri), 1) as session:
+        session.write(offset, data)
 
 
 def run(*command: object) -> str:
@@ -135,6 +143,48 @@ def test_an_overlay_that_cannot_be_made_is_refused_by_name(repository: str, tmpf
     done = serve_to_the_end(repository, "--writable", str(file))
     assert done.returncode == 3
     assert f"cannot keep writes in {file}: File exists" in done.stderr
+
+
+def test_an_overlay_lies_over_the_disk_it_was_made_for_and_no_other(repository: str, tmpfs_path: Path) -> None:
+    overlay = str(tmpfs_path / "overlay")
+    with serving(repository, tmpfs_path, "--writable", overlay):
+        pass
+    with make_repository(tmpfs_path / "other") as made:
+        backup(made, "shop", content())
+    done = serve_to_the_end(str(local_uri(tmpfs_path / "other")), "--writable", overlay)
+    assert done.returncode == 3
+    assert f"{overlay}/shop@1-disk.overlay lies over another disk" in done.stderr
+
+
+def test_what_was_written_survives_a_killed_server_unflushed(repository: str, tmpfs_path: Path) -> None:
+    overlay = tmpfs_path / "overlay"
+    with serving(repository, tmpfs_path, "--writable", str(overlay), end=signal.SIGKILL) as uri:
+        write_unflushed(uri, 0, b"\7" * 102_400)
+        assert (overlay / "shop@1-disk.blocks").read_bytes()[:3] == b"\2\2\0"
+    with serving(repository, tmpfs_path, "--writable", str(overlay)) as uri:
+        run("qemu-io", "-f", "raw", "-c", "read -P 7 0 100k", uri)
+    assert (overlay / "shop@1-disk.blocks").read_bytes()[:3] == b"\1\1\0"
+
+
+def test_what_was_not_flushed_is_not_trusted_after_the_host_booted_anew(repository: str, tmpfs_path: Path) -> None:
+    overlay = tmpfs_path / "overlay"
+    with serving(repository, tmpfs_path, "--writable", str(overlay), end=signal.SIGKILL) as uri:
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 0 64k", "-c", "flush", uri)
+        write_unflushed(uri, BLOCK_BYTES, b"\x08" * BLOCK_BYTES)
+    point = overlay / "shop@1-disk.point"
+    point.write_text(json.dumps({**json.loads(point.read_text()), "boot": "an earlier one"}))
+    expected = bytearray(content())
+    expected[:BLOCK_BYTES] = b"\7" * BLOCK_BYTES
+    with serving(repository, tmpfs_path, "--writable", str(overlay)) as uri:
+        run("nbdcopy", uri, tmpfs_path / "copy")
+    assert (tmpfs_path / "copy").read_bytes() == expected
+
+
+def test_json_tells_all_exports_in_one_line(repository: str, tmpfs_path: Path) -> None:
+    with serving(repository, tmpfs_path, "--json") as line:
+        [one] = json.loads(line)
+        assert (one["disk"], one["size"], one["read_only"]) == ("disk", SIZE, True)
+        assert json.loads(run("nbdinfo", "--json", one["uri"]))["exports"][0]["export-size"] == SIZE
 
 
 def test_a_served_point_is_held_until_the_server_ends(tmpfs_path: Path) -> None:

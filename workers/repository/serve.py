@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import secrets
 import signal
 import socket
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from urllib.parse import quote
 
 from coordinator.logs import configure_logs
 from coordinator.model.errors import FlushpointError, RefusedError, UsageError
@@ -28,6 +30,7 @@ from workers.nbd.endpoint import Endpoint, Tls
 from workers.nbd.served import ServedDisk
 from workers.nbd.server import Server, listen
 from workers.nbd.server_handshake import ServerTls
+from workers.repository.boot import Served, boot_hints
 from workers.repository.decisions import HOLD_RENEW_S, Hold
 from workers.repository.repository import Repository
 from workers.repository.served_point import Overlay, ServedPoint
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tls-certificates", default="", metavar="DIR", help="take only clients that speak TLS")
     parser.add_argument("--tls-verify-peer", action="store_true", help="and that show a certificate of ours")
     parser.add_argument("--writable", default="", metavar="DIR", help="keep writes in an overlay in DIR")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of URIs")
     given = parser.parse_args(argv)
     configure_logs("serve")
     try:
@@ -77,8 +81,10 @@ def _serve(uri: RepositoryUri, given: argparse.Namespace, access: Access) -> Non
         listener = listen(endpoint)
         port = listener.getsockname()[1] if endpoint.socket_path is None else 0
         stack.enter_context(Server(exports, listener, tls=tls))
-        for name in exports:
-            print(_uri_of(endpoint, port, name, encrypted=tls is not None), flush=True)
+        _tell(
+            [Served(name, _at(endpoint, port, name, tls), disk.size, disk.read_only) for name, disk in exports.items()],
+            given.json,
+        )
         while not stopped.wait(HOLD_RENEW_S):
             renewed = hold.model_copy(update={"renewed_at": time.time()})
             with contextlib.suppress(FlushpointError):  # a guest may run on it; the hold is good for an hour
@@ -103,7 +109,8 @@ def _exports(
         directory = Path(access.check_path(writable, must_exist=False))
         try:
             directory.mkdir(exist_ok=True)
-            overlay = Overlay(below, directory, f"{point.group}@{point.epoch}-{below.name.replace('/', '-')}")
+            identity = f"{repository.id} {point.group}@{point.epoch} {below.name}"
+            overlay = Overlay(below, directory, f"{point.group}@{point.epoch}-{quote(below.name, safe='')}", identity)
         except OSError as error:
             reason = f"cannot keep writes in {directory}: {error.strerror or error}"
             raise RefusedError(reason, "name a directory that can be written") from error
@@ -139,9 +146,19 @@ def _tls(given: argparse.Namespace, access: Access) -> ServerTls | None:
     return ServerTls(directory, demand_client_certificates=given.tls_verify_peer)
 
 
-def _uri_of(endpoint: Endpoint, port: int, name: str, *, encrypted: bool) -> str:
-    tls = Tls() if encrypted else None
-    return str(Endpoint(endpoint.host, port or endpoint.port, endpoint.socket_path, name, tls))
+def _at(endpoint: Endpoint, port: int, name: str, tls: ServerTls | None) -> Endpoint:
+    return Endpoint(endpoint.host, port or endpoint.port, endpoint.socket_path, name, Tls() if tls else None)
+
+
+def _tell(served: Sequence[Served], as_json: bool) -> None:
+    if as_json:
+        lines = [{"disk": s.disk, "uri": str(s.at), "size": s.size, "read_only": s.read_only} for s in served]
+        print(json.dumps(lines), flush=True)
+        return
+    for hint in boot_hints(served):
+        print(hint, file=sys.stderr)
+    for one in served:
+        print(one.at, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from coordinator.model.extent import BLOCK_BYTES, Extent, Status, merge_adjacent
 from workers.repository.layout import DamageError
 from workers.repository.reader import PointDisk
 
+_SYNCED, _WRITTEN = 1, 2
+_NOT_WRITTEN, _ANY_WRITTEN = re.compile(rb"\0"), re.compile(rb"[^\0]")
 _STRIPES = 64
 """Locks for first writes of blocks: so many of them at once, and no lock for each block of a huge disk."""
 
@@ -43,10 +47,15 @@ class ServedPoint:
 
 
 class Overlay:
-    """A point that can be written: blocks that were written are in a sparse file, with a bit each in another.
+    """A point that can be written: blocks that were written are in a sparse file, with a byte each in another::
 
-    Both files are kept: served again over them, the disk is as it was left. Bits reach their file in a flush, after the
-    data was synced, so a block whose bit survives a power failure is whole.
+        NAME.overlay   the blocks
+        NAME.blocks    for each block 0: as in the point; 1: written, and synced; 2: written since
+        NAME.point     JSON: which disk of which point it lies over, and the boot of the host that wrote the 2s
+
+    They are kept: served again over them, the disk is as it was left. A 2 becomes 1 in a flush, after the data was
+    synced. What a killed server wrote is in the kernel's cache, so a 2 counts until the host boots anew: then it is
+    unknown what of its block came to the disk, and nobody was promised any of it.
     """
 
     read_only = False
@@ -54,22 +63,32 @@ class Overlay:
     finds_holes_fast = True
     zeroes_fast = False
 
-    def __init__(self, disk: PointDisk, directory: Path, name: str) -> None:
-        """RefusedError if the files there are of another disk, or another server writes them."""
+    def __init__(self, disk: PointDisk, directory: Path, name: str, identity: str) -> None:
+        """`identity` tells the disk from all others. RefusedError if the files there are of another one, or another
+        server writes them; OSError."""
         self._below = ServedPoint(disk)
         self.size = disk.size
-        blocks = -(-disk.size // BLOCK_BYTES)
+        blocks = max(1, -(-disk.size // BLOCK_BYTES))
         self._locks = [threading.Lock() for _ in range(_STRIPES)]
-        data, bits = directory / f"{name}.overlay", directory / f"{name}.blocks"
-        self._data = _sized(data, disk.size)
-        try:
-            self._bits_file = _sized(bits, max(1, blocks))
-        except BaseException:
-            os.close(self._data)
-            raise
-        self._bits = bytearray(os.pread(self._bits_file, max(1, blocks), 0))
         self._new: set[int] = set()
-        """Blocks whose bit is not in the file yet."""
+        """Blocks whose byte in the file is 2."""
+        with contextlib.ExitStack() as opened:
+            self._data = _sized(directory / f"{name}.overlay", disk.size)
+            opened.callback(os.close, self._data)
+            self._bits_file = _sized(directory / f"{name}.blocks", blocks)
+            opened.callback(os.close, self._bits_file)
+            same_boot = _claim(directory / f"{name}.point", identity)
+            self._bits = bytearray(os.pread(self._bits_file, blocks, 0))
+            for number in _positions(self._bits, _WRITTEN):
+                if same_boot:
+                    self._new.add(number)
+                else:
+                    self._bits[number] = 0
+                    os.pwrite(self._bits_file, b"\0", number)
+            if not same_boot:
+                os.fsync(self._bits_file)  # before the new boot's id is there, by which they would count
+                _write_whole(directory / f"{name}.point", {"of": identity, "boot": _boot_id()})
+            self._files = opened.pop_all()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         for start, end, written in self._pieces(offset, len(buffer)):
@@ -99,8 +118,7 @@ class Overlay:
                     self._bring_up(number, whole=stop - at == self._length_of(number))
                 self._pwrite(at, data[at - offset : stop - offset])
                 if first:
-                    self._bits[number] = 1
-                    self._new.add(number)
+                    self._note(number)
             at = stop
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool) -> None:
@@ -119,7 +137,7 @@ class Overlay:
             new = sorted(self._new.copy())
             os.fsync(self._data)
             for number in new:
-                os.pwrite(self._bits_file, b"\1", number)
+                os.pwrite(self._bits_file, bytes([_SYNCED]), number)
             os.fsync(self._bits_file)
             self._new.difference_update(new)
         except OSError as error:
@@ -128,8 +146,16 @@ class Overlay:
     def close(self) -> None:
         with contextlib.suppress(DiskIOError):
             self.flush()
-        os.close(self._bits_file)
-        os.close(self._data)
+        self._files.close()
+
+    def _note(self, number: int) -> None:
+        """The block is in the overlay from here on: also for who serves it after this server was killed."""
+        try:
+            os.pwrite(self._bits_file, bytes([_WRITTEN]), number)
+        except OSError as error:
+            raise _local_error(error, number * BLOCK_BYTES, BLOCK_BYTES) from error
+        self._new.add(number)
+        self._bits[number] = _WRITTEN
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """[start, end) runs of blocks that were written, and that were not."""
@@ -138,8 +164,9 @@ class Overlay:
             number = offset // BLOCK_BYTES
             last = (end - 1) // BLOCK_BYTES
             written = bool(self._bits[number])
-            other = self._bits.find(b"\0" if written else b"\1", number, last + 1)
-            stop = end if other < 0 else other * BLOCK_BYTES
+            look_for = _NOT_WRITTEN if written else _ANY_WRITTEN
+            other = look_for.search(self._bits, number, last + 1)
+            stop = end if other is None else other.start() * BLOCK_BYTES
             yield offset, stop, written
             offset = stop
 
@@ -190,6 +217,39 @@ def _sized(path: Path, size: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _claim(path: Path, identity: str) -> bool:
+    """Whether what the overlay's files say is of this boot of the host; RefusedError if they are of another disk."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        found = {}
+    if found.get("of") != identity:
+        raise RefusedError(f"{path.with_suffix('.overlay')} lies over another disk", "name another directory")
+    return bool(found.get("boot") == _boot_id())
+
+
+def _write_whole(path: Path, fields: dict[str, str]) -> None:
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w") as file:
+        json.dump(fields, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _positions(data: bytearray, value: int) -> Iterator[int]:
+    at = data.find(value)
+    while at >= 0:
+        yield at
+        at = data.find(value, at + 1)
 
 
 def _local_error(error: OSError, offset: int, length: int) -> DiskIOError:
