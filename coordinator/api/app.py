@@ -149,7 +149,7 @@ def make_api(ledger: Ledger, leads: Callable[[], bool], feed: EventFeed) -> Fast
     @app.get("/v1/repositories/{repository}/groups")
     def groups(repository: str) -> dict[str, int]:
         """How many recovery points of each group are remembered."""
-        return {name: len(ledger.point_epochs(repository, name)) for name in ledger.point_groups(repository)}
+        return ledger.point_groups(repository)
 
     @app.get("/v1/repositories/{repository}/groups/{group}/points")
     def points(

@@ -277,12 +277,15 @@ class Ledger(Protocol):
     # A copy of what manifests say, by the id of their repository. Manifests never change: only which of them are
     # there does. Losing all of it loses nothing; a scan brings it back.
 
-    def record_points(self, repository: str, uri: str, points: Sequence[PointRecord], *, publish: bool = False) -> int:
-        """Remember points, and by which URI the repository is named; how many were new. With `publish` each new one is
-        a RECOVERY_POINT event of its job. Any number of times."""
-
     def points_mark(self) -> int:
-        """To be taken before a repository is listed, for `retain_points`."""
+        """To be taken before a repository is looked at, for what is then recorded or retained by what was seen."""
+
+    def record_points(
+        self, repository: str, uri: str, points: Sequence[PointRecord], mark: int, *, publish: bool = False
+    ) -> int:
+        """Remember points that were seen after `mark` was taken, and by which URI their repository is named; how many
+        were new. What was forgotten since then stays so. With `publish` each is one RECOVERY_POINT event of its job,
+        whoever recorded it first. Any number of times."""
 
     def retain_points(self, repository: str, group: str, epochs: Sequence[int], mark: int) -> int:
         """A listing that began after `mark` was taken found these points in the group: forget its others, except those
@@ -297,8 +300,8 @@ class Ledger(Protocol):
     def repositories(self) -> list[RepositoryRecord]:
         """By id."""
 
-    def point_groups(self, repository: str) -> list[str]:
-        """Sorted; [] if nothing is known of the repository."""
+    def point_groups(self, repository: str) -> dict[str, int]:
+        """How many points of each group are remembered."""
 
     def point_epochs(self, repository: str, group: str) -> list[int]:
         """Ascending."""

@@ -52,7 +52,9 @@ groups:REPO         set     groups with points that are remembered              
 points:REPO         hash    GROUP@EPOCH: a PointRecord as JSON                                     points' scripts
 epochs:REPO:GROUP   zset    epochs by themselves                                                   points' scripts
 recorded:REPO       zset    GROUP@EPOCH by the mark of its recording                               points' scripts
-marks               string  counter of recordings                                                  record_points
+forgotten:REPO      zset    GROUP@EPOCH by the mark of its being forgotten; the last 10,000        points' scripts
+told:REPO           set     GROUP@EPOCH of which there was a RECOVERY_POINT                        points' scripts
+mark                string  the last mark: µs, or one more than the one before                     points' scripts
 events              stream  event, job, time (s), data (JSON); about the last 100,000              submit, update,
                                                                                                    dismiss, release,
                                                                                                    record_points

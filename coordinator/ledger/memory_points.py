@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.ledger.contract import NewEvent
-from coordinator.ledger.redis_points import published_data
+from coordinator.ledger.redis_points import FORGOTTEN, published_data
 from coordinator.model.events import EventName
 from coordinator.model.point import PointRecord, RepositoryRecord
 
@@ -30,9 +31,18 @@ class MemoryPoints:
         self._tell = emit
         self._repositories: dict[str, RepositoryRecord] = {}
         self._points: dict[str, dict[tuple[str, int], _Remembered]] = {}
-        self._marks = 0
+        self._told: set[tuple[str, str, int]] = set()
+        self._forgotten: dict[tuple[str, str, int], int] = {}
+        self._mark = 0
 
-    def record_points(self, repository: str, uri: str, points: Sequence[PointRecord], *, publish: bool = False) -> int:
+    def points_mark(self) -> int:
+        with self._lock:
+            self._mark = max(int(self._seconds() * 1_000_000), self._mark + 1)
+            return self._mark
+
+    def record_points(
+        self, repository: str, uri: str, points: Sequence[PointRecord], mark: int, *, publish: bool = False
+    ) -> int:
         with self._lock:
             before = self._repositories.get(repository)
             at = before.scanned_at if before else 0.0
@@ -40,19 +50,18 @@ class MemoryPoints:
             remembered = self._points.setdefault(repository, {})
             new = 0
             for point in points:
-                self._marks += 1
                 place = (point.group, point.epoch)
+                name = (repository, *place)
+                if self._forgotten.get(name, 0) > mark:
+                    continue
                 old = remembered.get(place)
-                remembered[place] = _Remembered(old.point if old else point, self._marks)
+                remembered[place] = _Remembered(old.point if old else point, self.points_mark())
                 new += old is None
-                if publish and old is None:
+                if publish and name not in self._told:
+                    self._told.add(name)
                     data = published_data(repository, point)
                     self._tell(point.job, [NewEvent(EventName.RECOVERY_POINT, data)])
             return new
-
-    def points_mark(self) -> int:
-        with self._lock:
-            return self._marks
 
     def retain_points(self, repository: str, group: str, epochs: Sequence[int], mark: int) -> int:
         with self._lock:
@@ -63,13 +72,23 @@ class MemoryPoints:
                 if place[0] == group and place[1] not in epochs and known.mark <= mark
             ]
             for place in gone:
-                del remembered[place]
+                self._forget(repository, place)
             return len(gone)
 
     def forget_points(self, repository: str, group: str, epochs: Sequence[int]) -> None:
         with self._lock:
             for epoch in epochs:
-                self._points.get(repository, {}).pop((group, epoch), None)
+                self._forget(repository, (group, epoch))
+
+    def _forget(self, repository: str, place: tuple[str, int]) -> None:
+        self._points.get(repository, {}).pop(place, None)
+        name = (repository, *place)
+        self._told.discard(name)
+        self._forgotten.pop(name, None)
+        self._forgotten[name] = self.points_mark()
+        of_it = [one for one in self._forgotten if one[0] == repository]
+        for one in of_it[:-FORGOTTEN]:
+            del self._forgotten[one]
 
     def scanned(self, repository: str, uri: str) -> None:
         with self._lock:
@@ -79,9 +98,9 @@ class MemoryPoints:
         with self._lock:
             return sorted(self._repositories.values(), key=lambda record: record.id)
 
-    def point_groups(self, repository: str) -> list[str]:
+    def point_groups(self, repository: str) -> dict[str, int]:
         with self._lock:
-            return sorted({group for group, _ in self._points.get(repository, {})})
+            return dict(Counter(group for group, _ in self._points.get(repository, {})))
 
     def point_epochs(self, repository: str, group: str) -> list[int]:
         with self._lock:

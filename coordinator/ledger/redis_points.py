@@ -11,12 +11,16 @@ from coordinator.model.point import PointRecord, RepositoryRecord
 
 POINTS_AT_ONCE = 100
 """Recorded by one script, so that points of many disks hold up nobody else for long."""
+FORGOTTEN = 10_000
+"""Points of which it is remembered that they were forgotten; also in prelude.lua."""
 
 
 class RedisPoints:
     _server: Server
 
-    def record_points(self, repository: str, uri: str, points: Sequence[PointRecord], *, publish: bool = False) -> int:
+    def record_points(
+        self, repository: str, uri: str, points: Sequence[PointRecord], mark: int, *, publish: bool = False
+    ) -> int:
         new, left = 0, iter(points)
         batch = list(islice(left, POINTS_AT_ONCE))
         while True:
@@ -24,7 +28,7 @@ class RedisPoints:
             for point in batch:
                 event = json.dumps(published_data(repository, point)) if publish else ""
                 words += [point.group, point.epoch, point.model_dump_json(), point.job, event]
-            new += int(self._server.ask("record_points", repository, uri, *words))
+            new += int(self._server.ask("record_points", repository, uri, mark, *words))
             batch = list(islice(left, POINTS_AT_ONCE))
             if not batch:
                 return new
@@ -49,8 +53,8 @@ class RedisPoints:
             found.append(RepositoryRecord(id=repository, uri=uri, scanned_at=float(at)))
         return sorted(found, key=lambda record: record.id)
 
-    def point_groups(self, repository: str) -> list[str]:
-        return sorted(self._server.ask("point_groups", repository))
+    def point_groups(self, repository: str) -> dict[str, int]:
+        return {group: int(count) for group, count in self._server.ask("point_groups", repository)}
 
     def point_epochs(self, repository: str, group: str) -> list[int]:
         return [int(epoch) for epoch in self._server.ask("point_epochs", repository, group)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.model.errors import FlushpointError
-from coordinator.model.job import IoStatus, State
+from coordinator.model.job import IoStatus, State, Sync
 from coordinator.model.view import JobView
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
@@ -144,7 +144,7 @@ def job_details(job: JobView) -> str:
         ("source", job.spec.source),
         ("target", job.spec.target),
         ("sync", job.spec.sync),
-        ("bitmap", job.bitmap or job.spec.bitmap or ""),
+        ("bitmap", job.bitmap or (job.spec.bitmap if job.spec.sync is Sync.DIRTY else "") or ""),
         ("created", _time_text(job.created_at)),
         ("started", _time_text(job.started_at)),
         ("concluded", _time_text(job.concluded_at)),

@@ -203,8 +203,9 @@ def run_task(task: RepositoryTask) -> dict[str, Any]:
 def _points_of(uri: RepositoryUri, group: str) -> list[PointRecord]:
     """All of the group, as the repository has them now: the ledger is told first."""
     repository, epochs = _scanned(uri, group)
+    there = set(epochs)
     with session.connect() as client:
-        return [point for point in client.points(repository, group) if point.epoch in epochs]
+        return [point for point in client.points(repository, group) if point.epoch in there]
 
 
 def _scanned(uri: RepositoryUri, group: str) -> tuple[str, list[int]]:
@@ -227,7 +228,11 @@ def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, Poin
         there = ", ".join(str(e) for e in epochs[-10:])
         raise NotFoundError(f"group {group!r} has no point {number}", f"the newest are {there}")
     with session.connect() as client:
-        chosen = next(client.points(repository_id, group, after=epoch - 1))
+        chosen = next(client.points(repository_id, group, after=epoch - 1), None)
+    if chosen is None or chosen.epoch != epoch:
+        raise NotFoundError(
+            f"{group}@{epoch} was removed just now", f"see flushpoint points {group} for those there are"
+        )
     if disk and chosen.member(disk) is None:
         there = ", ".join(m.disk for m in chosen.members)
         raise NotFoundError(f"{group}@{chosen.epoch} has no disk {disk!r}", f"it has {there}")

@@ -161,6 +161,38 @@ def test_an_incremental_trusts_the_bitmap_of_the_point_it_adds_to_and_no_other(
         assert read_point(opened, "shop") == (tmpfs_path / "flat.img").read_bytes()
 
 
+def test_an_incremental_does_not_take_an_exports_word_for_what_was_written(
+    stack: Stack, repository: Path, tmpfs_path: Path
+) -> None:
+    place = f"{target(repository)}&disk=vda"
+    disk = tmpfs_path / "disk.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", make_disk(tmpfs_path / "d.img", SIZE, DATA), disk)
+    done(stack.mirror(disk, place))
+    with Repository.open(local_uri(repository), Access(["/"], [])) as opened:
+        bitmap = f"flushpoint:{opened.id}:shop:1"
+    run("qemu-img", "bitmap", "--add", "--disable", disk, bitmap)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 3M 1M", disk)
+    with QemuNbd(disk, "--read-only", f"--bitmap={bitmap}", image_format="qcow2") as server:
+        job = done(stack.mirror(server.uri, place, sync="incremental", source_frozen=True))
+    assert job.bytes_sent == MIB
+    assert "does not tell whether its bitmap is recording" in job.compare_reason
+
+
+def test_an_incremental_does_not_trust_a_bitmap_above_a_backing_file(
+    stack: Stack, repository: Path, tmpfs_path: Path
+) -> None:
+    base, top = tmpfs_path / "base.qcow2", tmpfs_path / "top.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", make_disk(tmpfs_path / "d.img", SIZE, DATA), base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, top)
+    done(stack.mirror(top, target(repository)))
+    with Repository.open(local_uri(repository), Access(["/"], [])) as opened:
+        run("qemu-img", "bitmap", "--add", top, f"flushpoint:{opened.id}:shop:1")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 3M 1M", base)
+    job = done(stack.mirror(top, target(repository), sync="incremental"))
+    assert job.bytes_sent == MIB
+    assert "does not know of changes to its backing file" in job.compare_reason
+
+
 def test_an_incremental_reads_the_bitmap_it_was_told_of_where_it_is_there(
     stack: Stack, repository: Path, tmpfs_path: Path
 ) -> None:

@@ -191,6 +191,19 @@ def test_sync_incremental_reads_a_bitmap_that_is_there_and_compares_without(stac
     assert "has no bitmap 'b1'" in job.compare_reason
 
 
+def test_a_bitmap_says_nothing_about_a_target_without_an_older_copy(stack: Stack, disks: Path) -> None:
+    source = disks / "source.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", random_disk(disks / "original.img", 24 * MIB), source)
+    qemu_img("bitmap", "--add", "-f", "qcow2", source, "b0")
+    qemu_io(source, "write -P 1 3M 64k")
+    empty = make_disk(disks / "empty.img", 24 * MIB, {})
+    for target in (disks / "absent.img", empty):  # the second as a plan that died leaves it
+        job = stack.mirror(source, target, sync="incremental", bitmap="b0")
+        assert job.error == "", stack.logs()
+        assert job.compare_reason == "the target holds no older copy"
+        assert same_bytes(target, flat(source, "qcow2", disks))
+
+
 def test_zeroes_in_data_become_holes(stack: Stack, disks: Path) -> None:
     source = make_disk(disks / "source.img", 32 * MIB, {0: bytes(16 * MIB), 16 * MIB: os.urandom(MIB)})
     target = disks / "target.img"

@@ -78,7 +78,7 @@ class Backups:
             except FlushpointError as error:
                 abandon(repository, group, epoch.number, f"job {job.id}: {error.message}")
                 raise
-            bitmap = job.spec.bitmap or tracking_bitmap(repository.id, group, epoch.parent.epoch if epoch.parent else 0)
+            bitmap = job.spec.bitmap or _tracking_bitmap(job, repository, epoch)
         member = epoch.parent_member
         facts = {
             "group": group,
@@ -158,12 +158,11 @@ class Backups:
             )
             return publish(repository, epoch, decision)
 
-    def abandon(self, job: JobRecord) -> bool:
-        """End the epoch without result; False if this job has published it after all."""
+    def abandon(self, job: JobRecord) -> Decision:
+        """End the epoch without result; what was decided, which is a point if this job has published it after all."""
         why = job.error or "cancelled"
         with self._repository_of(job) as repository:
-            decided = abandon(repository, job.group, job.epoch, f"job {job.id}: {why}")
-            return not (decided.is_point and decided.job == job.id)
+            return abandon(repository, job.group, job.epoch, f"job {job.id}: {why}")
 
     def close(self) -> None:
         self._open_for = ("", 0)
@@ -330,6 +329,14 @@ def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
     if member.size != size:
         return False, "the disk has changed its size, so all of it was compared"
     return True, ""
+
+
+def _tracking_bitmap(job: JobRecord, repository: Repository, epoch: Epoch) -> str:
+    """Looked for unasked, and so only in images, which tell whether it is recording; an export does not."""
+    source = parse(job.spec.source)
+    if epoch.parent is None or source.kind == "nbd":
+        return ""
+    return tracking_bitmap(repository.id, epoch.group, epoch.parent.epoch)
 
 
 def _check_parent(job: JobRecord, epoch: Epoch) -> None:

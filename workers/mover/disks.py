@@ -66,7 +66,7 @@ class Disks:
             self._open_for = (job.id, job.pass_number)
         if self._source is None:
             with opening(Side.SOURCE):
-                self._source = self.source_again(job)
+                self._source = self._source_of_old_size(job)
         if self._target is None:
             with opening(Side.TARGET):
                 self._target = self.open_target(job, job.disk_size, create=False)
@@ -110,8 +110,7 @@ class Disks:
             self._fast.close()
             self._fast = None
 
-    def source_again(self, job: JobRecord) -> Source:
-        """The source of a job whose disk's size is known; RefusedError if it is another now."""
+    def _source_of_old_size(self, job: JobRecord) -> Source:
         source = self.open_source(job)
         if source.size == job.disk_size:
             return source
@@ -125,7 +124,10 @@ class Disks:
     def open_source(self, job: JobRecord) -> Source:
         spec = job.spec
         limits = replace(self.limits, connections=1) if job.id in self._one_reader else self.limits
-        bitmap = spec.bitmap if spec.sync is Sync.DIRTY else job.bitmap or None
+        bitmap = spec.bitmap
+        if spec.sync is not Sync.DIRTY:
+            # A later pass looks for what was written during the one before, of which the bitmap may know nothing.
+            bitmap = job.bitmap if job.bitmap and job.pass_number == 1 else None
         sync = Sync.DIRTY if bitmap else spec.sync
         source = open_source(parse(spec.source), sync, bitmap, self.access, limits)
         if source.max_readers == 1:
@@ -148,6 +150,14 @@ class Disks:
         """Take over a pair that was opened for planning."""
         self.close()
         self._open_for, self._source, self._target = (job.id, job.pass_number), source, target
+
+    def open_source_anew(self, job: JobRecord) -> None:
+        """In place of the open pair's, which is closed first: its server may let in one client only. OpenError."""
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
+        with opening(Side.SOURCE):
+            self._source = self._source_of_old_size(job)
 
     def abort(self) -> None:
         """Break off whatever waits for a server, from another thread. The disks are of no more use, and still open."""

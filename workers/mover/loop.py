@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -9,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -19,7 +21,7 @@ from coordinator.model.job import JobRecord
 from coordinator.model.messages import Doorbell
 from coordinator.model.policy import Action
 from coordinator.model.repository_uri import is_repository
-from coordinator.model.task import TaskKind
+from coordinator.model.task import RepositoryTask, TaskKind
 from coordinator.model.units import Claim, UnitKind
 from coordinator.settings import Settings
 from workers.failpoint import pass_point
@@ -280,14 +282,18 @@ class Mover:
         self._finish(claim)
 
     def _publish(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        mark = self._ledger.points_mark()
         with opening(Side.TARGET):
             decision = self._backups.publish(job)
-        points.published(self._ledger, job.spec.target, decision)
+        points.published(self._ledger, job.spec.target, decision, mark)
         self._finish(claim)
 
     def _abandon(self, job: JobRecord, claim: Claim, lease: Lease) -> None:
+        mark = self._ledger.points_mark()
         try:
-            if not self._backups.abandon(job):
+            decision = self._backups.abandon(job)
+            if decision.is_point and decision.job == job.id:  # published after all, by a mover that then died
+                points.published(self._ledger, job.spec.target, decision, mark)
                 self._ledger.opened(job.id, claim.unit_id, claim.token, {"published": True})
         except FlushpointError as error:
             log.warning("cannot abandon an epoch", job=job.id, epoch=job.epoch, error=str(error))
@@ -302,8 +308,7 @@ class Mover:
             if task.kind is TaskKind.SCAN:
                 result = points.scan(task, self._ledger, access, lease.assert_held)
             else:
-                result = chores.run(task, job.id, access, lease.assert_held)
-                points.changed(self._ledger, task, result)
+                result = self._do_chore(task, job.id, lease)
         except chores.FoundDamageError as error:
             self._ledger.opened(job.id, claim.unit_id, claim.token, {"result": json.dumps(error.result)})
             raise OpenError(Side.SOURCE, error) from error
@@ -314,6 +319,17 @@ class Mover:
         if not self._ledger.opened(job.id, claim.unit_id, claim.token, {"result": json.dumps(result)}):
             raise LeaseLostError(f"the task of job {job.id} was taken over")
         self._finish(claim)
+
+    def _do_chore(self, task: RepositoryTask, job_id: str, lease: Lease) -> dict[str, Any]:
+        access = self._disks.access
+        try:
+            result = chores.run(task, job_id, access, lease.assert_held)
+        except FlushpointError:
+            with contextlib.suppress(FlushpointError):  # the first error is to be told
+                points.learn_of(task, self._ledger, access, None)
+            raise
+        points.learn_of(task, self._ledger, access, result)
+        return result
 
     def _finish(self, claim: Claim, *, result: str = "", bytes_read: int = 0, bytes_sent: int = 0) -> None:
         finished = self._ledger.finish(

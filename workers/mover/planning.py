@@ -105,18 +105,20 @@ class Planner:
         except BaseException:
             source.close()
             raise
-        source, how = self._prefer_bitmap(job, source, job.spec.bitmap or "")
         self.disks.keep(job, source, target)
         with opening(Side.TARGET):
             self._reserve(job, claim, target.identity())
             # Asked of the target rather than concluded from having made it: somebody else may have made it first.
             zeroed = all(extent.reads_as_zeroes for extent in _watched(target, 0, source.size, lease))
-        facts = {
+        facts: dict[str, object] = {
             "disk_size": source.size,
             "block_size": max(source.block_size, target.block_size),
             "target_zeroed": zeroed,
-            **how,
         }
+        if job.spec.sync is Sync.INCREMENTAL and zeroed:  # made just now, perhaps by an attempt that died
+            facts["compare_reason"] = "the target holds no older copy"
+        elif job.spec.sync is Sync.INCREMENTAL:
+            facts |= self._try_bitmap(job, source.size, job.spec.bitmap or "", "no bitmap was named")
         self._record(claim, facts)
         return job.model_copy(update=facts)
 
@@ -128,32 +130,27 @@ class Planner:
         except BaseException:
             source.close()
             raise
-        if facts["on_parent"]:
-            source, how = self._prefer_bitmap(job, source, bitmap)
-            facts |= how
         self.disks.keep(job, source, self.disks.open_target(job, source.size, create=True))
         facts |= {"disk_size": source.size, "block_size": source.block_size}
+        if job.spec.sync is Sync.INCREMENTAL and facts["on_parent"]:
+            facts |= self._try_bitmap(
+                job, source.size, bitmap, "an export does not tell whether its bitmap is recording"
+            )
         self._record(claim, facts)
         return job.model_copy(update=facts)
 
-    def _prefer_bitmap(self, job: JobRecord, source: Source, bitmap: str) -> tuple[Source, dict[str, object]]:
-        """An incremental job's source by its bitmap, if that can be trusted; else as it is, to be compared, and why."""
-        if job.spec.sync is not Sync.INCREMENTAL:
-            return source, {}
+    def _try_bitmap(self, job: JobRecord, size: int, bitmap: str, without: str) -> dict[str, object]:
+        """Open an incremental job's source by its bitmap, if that can be trusted; else it is compared, and why."""
         if not bitmap:
-            return source, {"compare_reason": "no bitmap was named"}
-        size = source.size
-        source.close()  # its server may let in one client only
-        by_bitmap = job.model_copy(update={"bitmap": bitmap, "disk_size": size})
+            return {"compare_reason": without}
         try:
-            with opening(Side.SOURCE):
-                return self.disks.source_again(by_bitmap), {"bitmap": bitmap}
+            self.disks.open_source_anew(job.model_copy(update={"bitmap": bitmap, "disk_size": size}))
         except OpenError as failed:
             if not isinstance(failed.error, RefusedError):
                 raise
-            why = failed.error.message
-        with opening(Side.SOURCE):
-            return self.disks.source_again(job.model_copy(update={"disk_size": size})), {"compare_reason": why}
+            self.disks.open_source_anew(job.model_copy(update={"disk_size": size}))
+            return {"compare_reason": failed.error.message}
+        return {"bitmap": bitmap}
 
     def _open_target(self, job: JobRecord, size: int) -> Target:
         """A target that `_check_target` has looked at, if it was there."""

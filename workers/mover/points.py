@@ -1,7 +1,7 @@
 """What the ledger is told of recovery points: it keeps a copy, and the repository has the truth.
 
-A manifest never changes once it is written, so a scan reads only those that the ledger does not know yet, and forgets
-those that the listing does not show any more.
+A manifest never changes once it is written, so a scan reads only those that the ledger does not know yet (and
+tombstones), and forgets those that the listing does not show any more.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable
             for epochs in _batches(unknown):
                 went_on()
                 new = [p for p in threads.map(read, [name] * len(epochs), epochs) if p is not None]
-                ledger.record_points(repository.id, str(uri), new)
+                ledger.record_points(repository.id, str(uri), new, mark)
                 found += [point.epoch for point in new]
             ledger.retain_points(repository.id, name, present, mark)
             if found:
@@ -60,26 +60,25 @@ def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable
         if damaged:
             raise damaged[0]
         if task.groups:
-            ledger.record_points(repository.id, str(uri), [])
+            ledger.record_points(repository.id, str(uri), [], mark)
         else:
             ledger.scanned(repository.id, str(uri))
         return {"repository": repository.id, "groups": told}
 
 
-def published(ledger: Ledger, target: str, decision: Decision) -> None:
-    """A job has written the manifest; told again, it is no news."""
+def published(ledger: Ledger, target: str, decision: Decision, mark: int) -> None:
+    """A job has written the manifest, after `mark` was taken; told again, it is no news."""
     uri = parse_repository(target).repository
-    ledger.record_points(decision.repository, str(uri), [decision.record()], publish=True)
+    ledger.record_points(decision.repository, str(uri), [decision.record()], mark, publish=True)
 
 
-def changed(ledger: Ledger, task: RepositoryTask, result: Mapping[str, Any]) -> None:
-    """A task made a repository, or removed points of one."""
-    repository = result["repository"]
-    if task.kind is TaskKind.INIT:
-        ledger.scanned(repository, str(parse_repository(task.repository).repository))
+def learn_of(task: RepositoryTask, ledger: Ledger, access: Access, result: Mapping[str, Any] | None) -> None:
+    """A task was done, or failed on its way (`result` is None then): see what became of the points."""
+    if task.kind is TaskKind.INIT and result is not None:
+        ledger.scanned(result["repository"], str(parse_repository(task.repository).repository))
     elif task.kind is TaskKind.PRUNE and not task.dry_run:
-        for name, epochs in result["removed"].items():
-            ledger.forget_points(repository, name, epochs)
+        # By what is there now: an earlier attempt may have removed points, and died before it could say so.
+        scan(task, ledger, access, lambda: None)
 
 
 def _batches(epochs: Iterator[int]) -> Iterator[list[int]]:

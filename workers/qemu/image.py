@@ -109,6 +109,11 @@ def bitmap_for_reading(image: Image, name: str, has_writer: bool) -> Bitmap:
                 f"bitmap {name!r} of {image.path} is inconsistent: its last writer did not store it",
                 "compare with --sync incremental, and remove it with qemu-img bitmap --remove",
             )
+        if name.startswith(TRACKING) and image.backing is not None:
+            raise RefusedError(
+                f"bitmap {name!r} of {image.path} does not know of changes to its backing file, {image.backing.path}",
+                "compare with --sync incremental",
+            )
         if name.startswith(TRACKING) and not bitmap.enabled:
             raise RefusedError(
                 f"bitmap {name!r} of {image.path} is disabled, so that it does not know all that was written",

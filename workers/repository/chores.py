@@ -6,7 +6,7 @@ A scan is not among them: it is about what the ledger knows (see workers/mover/p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ WentOn = Callable[[], None]
 class FoundDamageError(DamageError):
     """A check found damage; the report is in the job's result."""
 
-    def __init__(self, report: Checked) -> None:
+    def __init__(self, repository: str, report: Checked) -> None:
         first = report.damage[0]
         super().__init__("something", first.key)
         more = f", and {len(report.damage) - 1} more" if len(report.damage) > 1 else ""
         self.message = f"{first.message}{more}"
-        self.result = asdict(report)
+        self.result = {"repository": repository} | asdict(report)
 
 
 def run(task: RepositoryTask, job_id: str, access: Access, went_on: WentOn) -> dict[str, Any]:
@@ -60,8 +60,10 @@ def _run(
         case TaskKind.NEW_DATA_KEY:
             return {"key": keyring.rotate(repository.store, _secret(repository, uri, access))}
         case TaskKind.REWRAP_KEYS:
+            if task.new_key == uri.key:
+                raise RefusedError(f"{task.new_key} is the key it has", "name another one by --new-key")
             old = _secret(repository, uri, access)
-            new = new_owners_key(task.new_key, access, repository.store, repository.id)
+            new = new_owners_key(replace(uri, key=task.new_key), access, repository.store, repository.id)
             return {"keys": keyring.rewrap(repository.store, old, new)}
         case _:
             raise ValueError(f"{task.kind} is done elsewhere")
@@ -91,10 +93,10 @@ def _check(repository: Repository, data: bool, went_on: WentOn) -> dict[str, Any
     packs = sorted({damage.key for damage in report.damage if damage.key.startswith(PACKS)})
     if packs:  # writers store anew what is in them, wherever they read it again
         condemn(repository, "shun", packs)
-    raise FoundDamageError(report)
+    raise FoundDamageError(repository.id, report)
 
 
 def _secret(repository: Repository, uri: RepositoryUri, access: Access) -> bytes:
     if not uri.key:
         raise RefusedError("no key was named, so the repository is not encrypted and has none", "add key=… to its URI")
-    return owners_key(uri.key, access, repository.store, repository.id)
+    return owners_key(uri, access, repository.store, repository.id)

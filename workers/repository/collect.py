@@ -109,8 +109,8 @@ def collect(repository: Repository, report: Pruned, went_on: Callable[[], None] 
     sentences = [(key, bound(repository, key, one)) for key, one in sentences_of(repository, "remove")]
     open_now = open_epochs(repository)
     groups = repository.decisions.groups()
+    report.locked = extend_locks(repository, groups, went_on)
     alive = find_alive(repository, live_points(repository, groups), went_on)
-    report.locked = extend_locks(repository, groups, alive, went_on)
     for key, sentence in sentences:
         if may_go(open_now, groups, sentence):
             _execute(repository, key, [k for k in sentence.keys if not _leads_to(alive, k)], report)

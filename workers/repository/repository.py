@@ -23,7 +23,7 @@ from workers.repository.layout import FORMAT, ID_BYTES, REPOSITORY_KEY, DamageEr
 from workers.repository.reader import SPAN_BYTES, Fetcher, PointDisk
 from workers.repository.relocations import Relocations
 from workers.repository.root import Root, RootRef
-from workers.repository.secret import new_owners_key, owners_key
+from workers.repository.secret import begun_repository, new_owners_key, owners_key
 from workers.repository.store import open_store
 from workers.repository.store.contract import MissingObjectError, ObjectStore
 
@@ -83,7 +83,7 @@ class Repository:
                 raise RefusedError(f"there is a repository at {store.name} already", "use it, or name another place")
             record = RepositoryRecord(
                 format=FORMAT,
-                id=secrets.token_hex(ID_BYTES),
+                id=begun_repository(uri, store) or secrets.token_hex(ID_BYTES),
                 block_bytes=BLOCK_BYTES,
                 segment_bytes=SEGMENT_BYTES,
                 compression_level=level,
@@ -92,7 +92,7 @@ class Repository:
                 made_by=made_by,
             )
             if uri.key:
-                keys.new_keys(store, new_owners_key(uri.key, access, store, record.id))
+                keys.new_keys(store, new_owners_key(uri, access, store, record.id))
             sealed = {**record.model_dump(), "seal": plain_seal(record.model_dump())}
             if not store.put_if_absent(REPOSITORY_KEY, json.dumps(sealed, indent=1).encode()):
                 raise RefusedError(f"somebody else has just made a repository at {store.name}", "use that")
@@ -192,4 +192,4 @@ def _keyring(store: ObjectStore, record: RepositoryRecord, uri: RepositoryUri, a
             f"the repository {store.name} is encrypted, and no key was named",
             "add key=env:NAME, key=file:/path or key=kms:KEY to its URI",
         )
-    return keys.load(store, repository, owners_key(uri.key, access, store, record.id))
+    return keys.load(store, repository, owners_key(uri, access, store, record.id))

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coordinator.model.errors import NotFoundError, RefusedError, UnavailableError
+from coordinator.model.repository_uri import RepositoryUri
 from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.repository.layout import OWNERS, DamageError, plain_seal
@@ -28,6 +29,8 @@ from workers.repository.store.contract import MissingObjectError, ObjectStore
 
 _KMS_TIMEOUT_S = 20.0
 _HTTPS = 443
+_SERVER_ERROR = 500
+_BUSY = frozenset({"ThrottlingException", "LimitExceededException", "DependencyTimeoutException"})
 
 
 class OwnerRecord(BaseModel):
@@ -37,26 +40,36 @@ class OwnerRecord(BaseModel):
 
     format: Literal[1] = 1
     kms_key: str
+    repository: str
+    """Its id, without which KMS decrypts nothing."""
     ciphertext: str
     """base64."""
     seal: str = ""
     """See layout.plain_seal."""
 
 
-def owners_key(reference: str, access: Access, store: ObjectStore, repository: str) -> bytes:
-    """What `reference` refers to, for opening the repository of that id. The secret never leaves this host."""
-    kind, _, name = reference.partition(":")
+def owners_key(uri: RepositoryUri, access: Access, store: ObjectStore, repository: str) -> bytes:
+    """What the URI's `key` refers to, for opening the repository of that id. The secret never leaves this host."""
+    kind, _, name = uri.key.partition(":")
     if kind == "kms":
-        return _from_kms(name, access, store, repository)
+        return _from_kms(uri, name, access, store, repository)
     return _from_env(name) if kind == "env" else _from_file(name, access)
 
 
-def new_owners_key(reference: str, access: Access, store: ObjectStore, repository: str) -> bytes:
+def new_owners_key(uri: RepositoryUri, access: Access, store: ObjectStore, repository: str) -> bytes:
     """The same for what is to be wrapped now: KMS makes a key, unless it has made one for this repository before."""
-    kind, _, name = reference.partition(":")
+    kind, _, name = uri.key.partition(":")
     if kind == "kms" and store.size(_object_of(name)) is None:
-        _make_with_kms(name, access, store, repository)
-    return owners_key(reference, access, store, repository)
+        _make_with_kms(uri, name, access, store, repository)
+    return owners_key(uri, access, store, repository)
+
+
+def begun_repository(uri: RepositoryUri, store: ObjectStore) -> str:
+    """The id of a repository whose making was broken off after KMS had made its key; "" if there is none."""
+    kind, _, name = uri.key.partition(":")
+    if kind != "kms" or store.size(_object_of(name)) is None:
+        return ""
+    return _record(name, store).repository
 
 
 def _from_env(name: str) -> bytes:
@@ -85,11 +98,11 @@ def _object_of(kms_key: str) -> str:
     return f"{OWNERS}{hashlib.sha256(kms_key.encode()).hexdigest()[:32]}.json"
 
 
-def _from_kms(kms_key: str, access: Access, store: ObjectStore, repository: str) -> bytes:
+def _record(kms_key: str, store: ObjectStore) -> OwnerRecord:
     key = _object_of(kms_key)
     try:
         record = OwnerRecord.model_validate_json(store.get(key))
-        ciphertext = base64.b64decode(record.ciphertext, validate=True)
+        base64.b64decode(record.ciphertext, validate=True)
     except MissingObjectError:
         raise RefusedError(
             f"the repository {store.name} has no key that was encrypted by KMS under {kms_key}",
@@ -99,7 +112,13 @@ def _from_kms(kms_key: str, access: Access, store: ObjectStore, repository: str)
         raise DamageError("the owner's key", key) from error
     if record.seal != plain_seal(record.model_dump()):
         raise DamageError("the owner's key", key)
+    return record
+
+
+def _from_kms(uri: RepositoryUri, kms_key: str, access: Access, store: ObjectStore, repository: str) -> bytes:
+    ciphertext = base64.b64decode(_record(kms_key, store).ciphertext)
     answer = _ask(
+        uri,
         kms_key,
         "kms:Decrypt",
         access,
@@ -108,14 +127,16 @@ def _from_kms(kms_key: str, access: Access, store: ObjectStore, repository: str)
     return _hexadecimal(answer["Plaintext"])
 
 
-def _make_with_kms(kms_key: str, access: Access, store: ObjectStore, repository: str) -> None:
+def _make_with_kms(uri: RepositoryUri, kms_key: str, access: Access, store: ObjectStore, repository: str) -> None:
     answer = _ask(
+        uri,
         kms_key,
         "kms:GenerateDataKey",
         access,
         lambda kms: kms.generate_data_key(KeyId=kms_key, KeySpec="AES_256", EncryptionContext=_context(repository)),
     )
-    record = OwnerRecord(kms_key=kms_key, ciphertext=base64.b64encode(answer["CiphertextBlob"]).decode())
+    ciphertext = base64.b64encode(answer["CiphertextBlob"]).decode()
+    record = OwnerRecord(kms_key=kms_key, repository=repository, ciphertext=ciphertext)
     sealed = {**record.model_dump(), "seal": plain_seal(record.model_dump())}
     store.put_if_absent(_object_of(kms_key), json.dumps(sealed, indent=1).encode())
 
@@ -130,18 +151,25 @@ def _hexadecimal(key: bytes) -> bytes:
     return key.hex().encode()
 
 
-def _ask(kms_key: str, permission: str, access: Access, request: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _ask(
+    uri: RepositoryUri, kms_key: str, permission: str, access: Access, request: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """With the profile of the URI, and in the key's region or the URI's."""
     import boto3.session  # type: ignore[import-untyped]  # takes its time, and few need it
     from botocore.config import Config  # type: ignore[import-untyped]
     from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
     config = Config(connect_timeout=_KMS_TIMEOUT_S, read_timeout=_KMS_TIMEOUT_S, retries={"mode": "standard"})
     try:
-        kms = boto3.session.Session().client("kms", region_name=_region(kms_key), config=config)
+        session = boto3.session.Session(profile_name=uri.s3.profile or None)
+        kms = session.client("kms", region_name=_region(kms_key) or uri.s3.region or None, config=config)
         where = urlsplit(kms.meta.endpoint_url)
         access.check_endpoint(Endpoint(where.hostname, where.port or _HTTPS, None, ""))
         return request(kms)
     except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if status >= _SERVER_ERROR or error.response["Error"].get("Code") in _BUSY:
+            raise UnavailableError(f"KMS is busy: {error}", "try again in a while") from error
         raise RefusedError(
             f"KMS does not let this worker use the key {kms_key}: {error.response['Error'].get('Message', error)}",
             f"give its credentials {permission} for that key, and look whether the key is enabled",
@@ -153,6 +181,6 @@ def _ask(kms_key: str, permission: str, access: Access, request: Callable[[Any],
 
 
 def _region(kms_key: str) -> str | None:
-    """Of an ARN, arn:aws:kms:REGION:ACCOUNT:key/ID; of other names that of the worker's configuration."""
+    """Of an ARN, arn:aws:kms:REGION:ACCOUNT:key/ID."""
     parts = kms_key.split(":")
     return parts[3] if parts[0] == "arn" and len(parts) > 5 else None

@@ -1,3 +1,3 @@
--- The mark of the newest recording of a recovery point.
--- Keys: marks (read).
-return tonumber(redis.call('GET', P .. 'marks') or 0)
+-- A mark greater than those of all recordings so far, and less than those of all to come.
+-- Keys: mark (written).
+return new_mark()

@@ -274,11 +274,23 @@ local function forget_units(job)
     '_claims', 0, 'units_ready', 0, 'units_leased', 0, 'units_done', 0, 'units_quarantined', 0)
 end
 
+-- A number that grows with every call. By the clock, so that it goes on growing when the server has lost its memory.
+local function new_mark()
+  local mark = int(math.max(now_us, tonumber(redis.call('GET', P .. 'mark') or 0) + 1))
+  redis.call('SET', P .. 'mark', mark)
+  return mark
+end
+
+local FORGOTTEN = 10000 -- also in redis_points.py
+
 local function forget_point(repository, group, epoch)
   local name = group .. '@' .. epoch
   redis.call('HDEL', P .. 'points:' .. repository, name)
   redis.call('ZREM', P .. 'recorded:' .. repository, name)
+  redis.call('SREM', P .. 'told:' .. repository, name)
   redis.call('ZREM', P .. 'epochs:' .. repository .. ':' .. group, epoch)
+  redis.call('ZADD', P .. 'forgotten:' .. repository, new_mark(), name)
+  redis.call('ZREMRANGEBYRANK', P .. 'forgotten:' .. repository, 0, -FORGOTTEN - 1)
 end
 
 local function forget_group_if_empty(repository, group)

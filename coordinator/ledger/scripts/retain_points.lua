@@ -1,5 +1,5 @@
 -- Forget the points of a group that a listing did not find, except those recorded after it began.
--- Keys: groups:*, points:*, epochs:*, recorded:* (written).
+-- Keys: groups:*, points:*, epochs:*, recorded:*, told:*, forgotten:*, mark (written).
 -- ARGV: repository, group, mark, then the epochs that were found.
 -- Returns how many were forgotten.
 local found, forgotten = {}, 0

@@ -188,7 +188,7 @@ def test_what_does_not_validate_is_not_repeated(api: TestClient, body: object) -
 
 def test_points_are_told_page_by_page_as_the_ledger_remembers_them(api: TestClient, ledger: MemoryLedger) -> None:
     points = [PointRecord(group="shop", epoch=n, cut_at=1.5, decided_at=2.0, consistency="crash") for n in range(1, 6)]
-    ledger.record_points("r1", "s3://bucket/p", points)
+    ledger.record_points("r1", "s3://bucket/p", points, ledger.points_mark())
     [known] = api.get("/v1/repositories").json()["repositories"]
     assert known == {"id": "r1", "uri": "s3://bucket/p", "scanned_at": 0.0}
     assert api.get("/v1/repositories/r1/groups").json() == {"shop": 5}

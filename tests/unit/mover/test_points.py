@@ -34,8 +34,7 @@ def repository(tmp_path: Path) -> Iterator[Repository]:
 
 
 def scan(repository: Repository, ledger: MemoryLedger, *groups: str) -> dict[str, object]:
-    uri = str(local_uri(Path(repository.store.name.removeprefix("repo+file://"))))
-    task = RepositoryTask(kind=TaskKind.SCAN, repository=uri, groups=groups)
+    task = RepositoryTask(kind=TaskKind.SCAN, repository=uri_of(repository), groups=groups)
     return points.scan(task, ledger, ACCESS, lambda: None)
 
 
@@ -66,30 +65,45 @@ def test_a_manifest_is_read_once(repository: Repository, ledger: MemoryLedger, m
     assert read == [2]
 
 
-def test_points_that_others_pruned_are_forgotten(repository: Repository, ledger: MemoryLedger) -> None:
+def uri_of(repository: Repository) -> str:
+    return str(local_uri(Path(repository.store.name.removeprefix("repo+file://"))))
+
+
+def test_points_that_were_pruned_are_forgotten_whoever_removed_them(
+    repository: Repository, ledger: MemoryLedger
+) -> None:
     for _ in range(3):
         backup(repository, "shop", DATA)
     backup(repository, "other", DATA)
     scan(repository, ledger)
-    uri = str(local_uri(Path(repository.store.name.removeprefix("repo+file://"))))
-    prune = RepositoryTask(kind=TaskKind.PRUNE, repository=uri, groups=("shop",), retention=Retention(last=1))
-    result = chores.run(prune, "job", ACCESS, lambda: None)
-    assert ledger.point_epochs(repository.id, "shop") == [1, 2, 3], "this ledger was not told"
-    points.changed(ledger, prune, result)
+    task = RepositoryTask(
+        kind=TaskKind.PRUNE, repository=uri_of(repository), groups=("shop",), retention=Retention(last=1)
+    )
+    result = chores.run(task, "job", ACCESS, lambda: None)  # its mover is killed here ...
+    assert ledger.point_epochs(repository.id, "shop") == [1, 2, 3]
+    again = chores.run(task, "job", ACCESS, lambda: None)  # ... and another does it once more
+    assert (result["removed"], again["removed"]) == ({"shop": [1, 2]}, {"shop": []})
+    points.learn_of(task, ledger, ACCESS, again)
     assert ledger.point_epochs(repository.id, "shop") == [3]
-    fresh = MemoryLedger()
-    scan(repository, fresh)
-    assert fresh.point_epochs(repository.id, "shop") == [3]
-    assert scan(repository, ledger, "other")["groups"] == {"other": [1]}
+    assert ledger.point_epochs(repository.id, "other") == [1]
+
+
+def test_a_prune_that_fails_on_its_way_tells_what_it_removed(repository: Repository, ledger: MemoryLedger) -> None:
+    for _ in range(2):
+        backup(repository, "shop", DATA)
+    scan(repository, ledger)
+    task = RepositoryTask(kind=TaskKind.PRUNE, repository=uri_of(repository), retention=Retention(last=1))
+    chores.run(task, "job", ACCESS, lambda: None)
+    points.learn_of(task, ledger, ACCESS, None)
+    assert ledger.point_epochs(repository.id, "shop") == [2]
 
 
 def test_a_dry_run_makes_nothing_forgotten(repository: Repository, ledger: MemoryLedger) -> None:
     for _ in range(2):
         backup(repository, "shop", DATA)
     scan(repository, ledger)
-    uri = str(local_uri(Path(repository.store.name.removeprefix("repo+file://"))))
-    prune = RepositoryTask(kind=TaskKind.PRUNE, repository=uri, retention=Retention(last=1), dry_run=True)
-    points.changed(ledger, prune, chores.run(prune, "job", ACCESS, lambda: None))
+    task = RepositoryTask(kind=TaskKind.PRUNE, repository=uri_of(repository), retention=Retention(last=1), dry_run=True)
+    points.learn_of(task, ledger, ACCESS, chores.run(task, "job", ACCESS, lambda: None))
     assert ledger.point_epochs(repository.id, "shop") == [1, 2]
 
 
@@ -97,7 +111,7 @@ def test_a_scan_of_one_group_does_not_call_the_repository_scanned(repository: Re
     backup(repository, "shop", DATA)
     backup(repository, "other", DATA)
     scan(repository, ledger, "shop")
-    assert ledger.point_groups(repository.id) == ["shop"]
+    assert ledger.point_groups(repository.id) == {"shop": 1}
     assert ledger.repositories()[0].scanned_at == 0
 
 
@@ -116,6 +130,6 @@ def test_a_damaged_manifest_is_named_and_hides_no_other(
 def test_a_published_point_is_remembered_and_told_once(repository: Repository, ledger: MemoryLedger) -> None:
     decision = backup(repository, "shop", DATA)
     for _ in range(2):
-        points.published(ledger, f"{repository.store.name}?group=shop", decision)
+        points.published(ledger, f"{repository.store.name}?group=shop", decision, ledger.points_mark())
     assert ledger.points(repository.id, "shop") == [decision.record()]
     assert [event["event"] for event in ledger.events()] == ["RECOVERY_POINT"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import boto3  # type: ignore[import-untyped]
 import pytest
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from coordinator.model.errors import RefusedError, UnavailableError
 from coordinator.model.task import RepositoryTask, TaskKind
@@ -92,6 +93,53 @@ def test_a_key_that_kms_does_not_have_makes_no_repository(kms: Any, directory: P
     with pytest.raises(RefusedError, match="KMS does not let"):
         Repository.init(uri, ACCESS)
     assert not (directory / "repository.json").exists()
+
+
+def test_a_making_that_was_broken_off_after_kms_had_made_a_key_is_completed(
+    key: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> bytes:
+        raise RefusedError("KMS lets this worker make keys, but not use them")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.repository.secret._from_kms", denied)
+        with pytest.raises(RefusedError):
+            Repository.init(local_uri(directory, f"kms:{key}"), ACCESS)
+    assert (directory / OWNERS).exists()
+    with Repository.init(local_uri(directory, f"kms:{key}"), ACCESS) as repository:
+        backup(repository, "shop", DATA)
+    with open_with(directory, f"kms:{key}") as repository:
+        assert read_point(repository, "shop") == DATA
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (400, "ThrottlingException", UnavailableError),
+        (500, "KMSInternalException", UnavailableError),
+        (403, "AccessDeniedException", RefusedError),
+    ],
+)
+def test_a_busy_kms_is_told_from_one_that_refuses(
+    key: str, directory: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, error: type[Exception]
+) -> None:
+    Repository.init(local_uri(directory, f"kms:{key}"), ACCESS).close()
+    answer: Any = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ClientError(answer, "Decrypt")
+
+    monkeypatch.setattr("botocore.client.BaseClient._make_api_call", refuse)
+    with pytest.raises(error):
+        open_with(directory, f"kms:{key}")
+
+
+def test_rewrapping_with_the_same_key_is_refused(key: str, directory: Path) -> None:
+    Repository.init(local_uri(directory, f"kms:{key}"), ACCESS).close()
+    uri = str(local_uri(directory, f"kms:{key}"))
+    task = RepositoryTask(kind=TaskKind.REWRAP_KEYS, repository=uri, new_key=f"kms:{key}")
+    with pytest.raises(RefusedError, match="is the key it has"):
+        chores.run(task, "job", ACCESS, lambda: None)
 
 
 def test_a_kms_that_does_not_answer_is_said_to_be_away(

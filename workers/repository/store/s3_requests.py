@@ -23,7 +23,7 @@ from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
 from botocore.loaders import create_loader  # type: ignore[import-untyped]
 
-from coordinator.model.errors import FlushpointError, NotFoundError
+from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
 from coordinator.model.repository_uri import RepositoryUri
 from workers.repository.store.contract import MissingObjectError, check_key
 from workers.repository.store.retry import Effort, Pace, Retrier
@@ -40,6 +40,8 @@ READ_TIMEOUT_S = 60.0
 """Without a byte. Completing an upload keeps some servers busy for long before they answer."""
 _WAITED_FOR_BYTES = 1024 * 1024
 """A body from this size on is sent after the server's 100 Continue, so that a refusal does not cost the transfer."""
+_A_SECOND = timedelta(seconds=1)
+"""Servers keep the end of a lock in whole seconds."""
 _PACKS = "packs/"
 """Objects that are large, and read rarely: they alone have the storage class."""
 _DESCRIPTIONS = create_loader()
@@ -97,11 +99,17 @@ class S3Requests:
         return self.locks or self._options.checksums == "when_supported"
 
     def extend_lock(self, key: str) -> None:
-        """To the configured days from now, if there are any."""
-        parameters = self.where(key)
-        parameters["Retention"] = {"Mode": self._options.lock_mode, "RetainUntilDate": self._locked_until()}
-        if self.locks:
-            self.send(lambda s3: s3.put_object_retention(**parameters), key)
+        """To the configured days from now, if there are any and it is not locked for longer."""
+        where, until = self.where(key), self._locked_until()
+        if not self.locks:
+            return
+        retention: Any = {"Mode": self._options.lock_mode, "RetainUntilDate": until}
+        try:
+            self.send(lambda s3: s3.put_object_retention(Retention=retention, **where), key)
+        except RefusedError:  # so S3 says, too, where it would shorten a lock
+            there = self.send(lambda s3: s3.head_object(**where), key).get("ObjectLockRetainUntilDate")
+            if there is None or there < until - _A_SECOND:
+                raise
 
     def checksum(self, data: memoryview) -> dict[str, str]:
         """Parameters of PutObject and UploadPart alike; under object lock AWS wants the algorithm named too."""
@@ -162,7 +170,9 @@ class S3Requests:
         )
         core = botocore.session.get_session()
         core.register_component("data_loader", _DESCRIPTIONS)
+        paths = list(_DESCRIPTIONS.search_paths)
         session = boto3.session.Session(profile_name=options.profile or None, botocore_session=core)
+        _DESCRIPTIONS.search_paths[:] = paths  # each session adds its own, and never takes it away
         client: S3Client = session.client(
             "s3",
             region_name=options.region or None,
