@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -35,6 +35,12 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
     while not condition():
         assert time.monotonic() < deadline, f"still waiting for {what}"
         time.sleep(0.01)
+
+
+def flushpoint(*argv: object, environ: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
+    """The command, as a user with this environment gives it; bounded."""
+    command = [sys.executable, "-P", "-m", "flushpoint", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env=environ)
 
 
 def accepts(path: Path) -> bool:

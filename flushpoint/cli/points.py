@@ -6,13 +6,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from coordinator.model.errors import NotFoundError, UsageError
+from coordinator.model.errors import DamagedError, FlushpointError, NotFoundError, UsageError
 from coordinator.model.job import JobSpec, Sync
 from coordinator.model.point import PointRecord, Retention
 from coordinator.model.repository_uri import LATEST, RepositoryUri, parse_repository
@@ -46,24 +46,16 @@ def points(
     as_json: output.JsonOption = False,
 ) -> None:
     """List the recovery points of a group, oldest first."""
-    found = _points_of(parse_repository(repository), group)
+    known = _scanned(parse_repository(repository), group)
+    found = _points_of(known, group)
     if as_json:
         print(json.dumps([point.model_dump(mode="json") for point in found]))
-        return
-    head = ("POINT", "AGE", "CONSISTENCY", "DISKS", "SIZE", "STORED", "HOW")
-    rows = [
-        (
-            str(point.epoch),
-            output.duration_text(max(0.0, time.time() - point.cut_at)),
-            point.consistency,
-            str(len(point.members)),
-            output.size_text(sum(m.size for m in point.members)),
-            output.size_text(sum(m.bytes_sent for m in point.members)),
-            ", ".join(dict.fromkeys(m.sync for m in point.members)),
-        )
-        for point in found
-    ]
-    print(output.table([head, *rows]))
+    else:
+        print(_table(found))
+    for epoch in known.damaged:
+        output.say(str(known.damage(epoch)))
+    if known.damaged:
+        raise typer.Exit(DamagedError.exit_code)
 
 
 def restore(
@@ -189,46 +181,87 @@ def prune(
         )
 
 
+class TaskFailedError(FlushpointError):
+    """The job of a task failed or was cancelled; `found` is what it had to tell all the same."""
+
+    def __init__(self, job: JobView) -> None:
+        super().__init__(job.error or f"job {job.id} was cancelled")
+        self.code = job.error_code or self.code
+        self.exit_code = waiting.exit_code_of(job)
+        self.found: dict[str, Any] = json.loads(job.result) if job.result else {}
+
+
 def run_task(task: RepositoryTask) -> dict[str, Any]:
     """Do a task as a job and give back what it tells; its error is raised as if it had happened here."""
     with session.connect() as client:
         job = waiting.until_rest(client, client.submit(JobSpec(task=task)).id, as_json=False)
     if job.failed or job.cancelled:
-        output.say(job.error or "cancelled")
-        raise typer.Exit(waiting.exit_code_of(job))
+        raise TaskFailedError(job)
     found: dict[str, Any] = json.loads(job.result)
     return found
 
 
-def _points_of(uri: RepositoryUri, group: str) -> list[PointRecord]:
-    """All of the group, as the repository has them now: the ledger is told first."""
-    repository, epochs = _scanned(uri, group)
-    there = set(epochs)
-    with session.connect() as client:
-        return [point for point in client.points(repository, group) if point.epoch in there]
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a scan told of one group: epochs of its points, and what is said of those whose manifests are damaged."""
+
+    repository: str
+    epochs: list[int]
+    """Ascending."""
+    damaged: dict[int, str]
+
+    def damage(self, epoch: int) -> DamagedError:
+        there = ", ".join(str(e) for e in self.epochs[-10:])
+        return DamagedError(self.damaged[epoch], f"the newest that can be read are {there}" if there else "")
 
 
-def _scanned(uri: RepositoryUri, group: str) -> tuple[str, list[int]]:
-    """The repository's id, and the epochs of the group's points; NotFoundError if it has none."""
+def _scanned(uri: RepositoryUri, group: str) -> _Known:
+    """The group as the repository has it now; the ledger is told of it. NotFoundError if it has no points."""
     task = RepositoryTask(kind=TaskKind.SCAN, repository=str(uri.repository), groups=(group,))
     result = run_task(task)
-    epochs = result["groups"].get(group)
-    if not epochs:
+    epochs = result["groups"].get(group, [])
+    damaged = {int(epoch): message for epoch, message in result["damaged"].get(group, {}).items()}
+    if not epochs and not damaged:
         raise NotFoundError(f"there is no point of group {group!r}", "see flushpoint repository scan for the groups")
-    return result["repository"], epochs
+    return _Known(result["repository"], epochs, damaged)
+
+
+def _points_of(known: _Known, group: str) -> list[PointRecord]:
+    there = set(known.epochs)
+    with session.connect() as client:
+        return [point for point in client.points(known.repository, group) if point.epoch in there]
+
+
+def _table(found: list[PointRecord]) -> str:
+    head = ("POINT", "AGE", "CONSISTENCY", "DISKS", "SIZE", "STORED", "HOW")
+    rows = [
+        (
+            str(point.epoch),
+            output.duration_text(max(0.0, time.time() - point.cut_at)),
+            point.consistency,
+            str(len(point.members)),
+            output.size_text(sum(m.size for m in point.members)),
+            output.size_text(sum(m.bytes_sent for m in point.members)),
+            ", ".join(dict.fromkeys(m.sync for m in point.members)),
+        )
+        for point in found
+    ]
+    return output.table([head, *rows])
 
 
 def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, PointRecord]:
     """The point that was named, and its URI."""
     group, number = _parsed(point)
     uri = parse_repository(repository)
-    repository_id, epochs = _scanned(uri, group)
-    epoch = epochs[-1] if number == LATEST else number
-    if epoch not in epochs:
-        there = ", ".join(str(e) for e in epochs[-10:])
+    known = _scanned(uri, group)
+    epoch = max([*known.epochs, *known.damaged]) if number == LATEST else number
+    if epoch in known.damaged:
+        raise known.damage(epoch)
+    if epoch not in known.epochs:
+        there = ", ".join(str(e) for e in known.epochs[-10:])
         raise NotFoundError(f"group {group!r} has no point {number}", f"the newest are {there}")
     with session.connect() as client:
-        chosen = next(client.points(repository_id, group, after=epoch - 1), None)
+        chosen = next(client.points(known.repository, group, after=epoch - 1), None)
     if chosen is None or chosen.epoch != epoch:
         raise NotFoundError(
             f"{group}@{epoch} was removed just now", f"see flushpoint points {group} for those there are"

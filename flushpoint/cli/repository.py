@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from coordinator.model.errors import DamagedError
 from coordinator.model.task import RepositoryTask, TaskKind
 from flushpoint.cli import output
-from flushpoint.cli.points import run_task
+from flushpoint.cli.points import TaskFailedError, run_task
 
 UriArgument = Annotated[str, typer.Argument(metavar="URI", help="s3://bucket/prefix or repo+file:///dir.")]
 
@@ -41,6 +42,11 @@ def scan(uri: UriArgument, as_json: output.JsonOption = False) -> None:
     result = run_task(RepositoryTask(kind=TaskKind.SCAN, repository=uri))
     rows = [(name, str(len(epochs)), str(max(epochs, default=""))) for name, epochs in sorted(result["groups"].items())]
     _tell(result, as_json, output.table([("GROUP", "POINTS", "NEWEST"), *rows]))
+    for group, damaged in sorted(result["damaged"].items()):
+        for message in damaged.values():
+            output.say(f"group {group}: {message}")
+    if result["damaged"]:
+        raise typer.Exit(DamagedError.exit_code)
 
 
 @app.command()
@@ -50,7 +56,15 @@ def check(
     as_json: output.JsonOption = False,
 ) -> None:
     """Look at everything that points lead to. Exit code 5: something is damaged, and the next backups store it anew."""
-    result = run_task(RepositoryTask(kind=TaskKind.CHECK, repository=uri, data=data))
+    try:
+        result = run_task(RepositoryTask(kind=TaskKind.CHECK, repository=uri, data=data))
+    except TaskFailedError as failed:
+        if not failed.found:
+            raise
+        rows = [(" ".join(damage["points"]) or "none", damage["message"]) for damage in failed.found["damage"]]
+        _tell(failed.found, as_json, output.table([("POINTS", "DAMAGE"), *rows]))
+        output.say(str(failed))
+        raise typer.Exit(failed.exit_code) from None
     _tell(
         result,
         as_json,

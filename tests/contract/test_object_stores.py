@@ -21,7 +21,7 @@ import pytest
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
 from tests.object_servers import ObjectServer, client_of, running_moto, running_seaweedfs
-from workers.repository.store import MissingObjectError, ObjectStore, StoreError, open_store, probe
+from workers.repository.store import MissingObjectError, ObjectStore, ShortObjectError, open_store, probe
 from workers.repository.store.s3_upload import PART_BYTES
 
 MIB = 1024 * 1024
@@ -134,7 +134,7 @@ def test_a_range_is_exactly_what_was_asked_for(store: ObjectStore) -> None:
 @pytest.mark.parametrize(("offset", "length"), [(9_990, 11), (10_000, 1), (20_000, 5)])
 def test_a_range_beyond_the_end_is_an_error(store: ObjectStore, offset: int, length: int) -> None:
     store.put("packs/p", bytes(10_000))
-    with pytest.raises(StoreError, match=r"packs/p in .* ends"):
+    with pytest.raises(ShortObjectError, match=r"packs/p in .* ends"):
         store.get_range("packs/p", offset, length)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -17,6 +16,7 @@ import pytest
 
 from coordinator.model.job import State
 from tests.stack import MIB, QemuNbd, Stack, Writer, random_disk, running_stack, same_bytes, wait_until
+from tests.stack import flushpoint as command
 
 pytestmark = pytest.mark.needs("qemu-nbd", "qemu-img", "qemu-io")
 SIZE = 2 * MIB
@@ -51,9 +51,7 @@ def place(root: Path, tmp_path: Path) -> Place:
 
 
 def flushpoint(stack: Stack, *argv: object) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "FLUSHPOINT_API": f"unix://{stack.api_socket}"}
-    command = [sys.executable, "-P", "-m", "flushpoint", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env=environ)
+    return command(*argv, environ={**os.environ, "FLUSHPOINT_API": f"unix://{stack.api_socket}"})
 
 
 def qemu(*command: object) -> None:

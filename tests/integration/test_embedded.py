@@ -21,7 +21,7 @@ from coordinator.model.job import JobSpec, State
 from flushpoint import embedded
 from flushpoint.client import Client
 from flushpoint.embedded import StateDir
-from tests.stack import MIB, random_disk, same_bytes, wait_until
+from tests.stack import MIB, flushpoint, random_disk, same_bytes, wait_until
 
 
 @pytest.fixture
@@ -57,11 +57,6 @@ def part(state: StateDir, name: str) -> psutil.Process | None:
 def all_gone(processes: list[psutil.Process]) -> bool:
     """Orphans are reaped by init, in its own time, so that a zombie counts as gone."""
     return all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in processes)
-
-
-def flushpoint(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "flushpoint", *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_the_first_command_starts_the_stack_and_copies(state: StateDir, tmpfs_path: Path) -> None:

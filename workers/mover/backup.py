@@ -16,6 +16,7 @@ import errno
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator.ledger.contract import Ledger
@@ -74,6 +75,7 @@ class Backups:
                 )
             epoch = open_epoch(repository, group, disk, f"job {job.id}", self._is_over)
             try:
+                epoch, lost = _without_lost_parent(repository, epoch, job.spec.sync)
                 comparing, reason = _how(job, epoch, source.size)
             except FlushpointError as error:
                 abandon(repository, group, epoch.number, f"job {job.id}: {error.message}")
@@ -89,7 +91,7 @@ class Backups:
             "on_parent": member is not None
             and member.size == source.size
             and job.spec.sync not in (Sync.FULL, Sync.TOP),
-            "compare_reason": reason,
+            "compare_reason": lost or reason,
             "cut_at": time.time(),
         }
         return facts, bitmap
@@ -306,6 +308,24 @@ def names(job: JobRecord) -> tuple[str, str]:
     assert uri is not None
     own = disk_name(parse(job.spec.source))
     return uri.group or own, uri.disk or own
+
+
+def _without_lost_parent(repository: Repository, epoch: Epoch, sync: Sync) -> tuple[Epoch, str]:
+    """(the epoch, why it has no parent): one whose root is damaged or gone would fail every point to come, and so is
+    left out. RefusedError for a bitmap, which says what differs from just that point."""
+    member = epoch.parent_member
+    if member is None:
+        return epoch, ""
+    try:
+        repository.root(member)
+    except DamageError as error:
+        if sync is Sync.DIRTY:
+            raise RefusedError(
+                f"the recovery point that the bitmap would add to is damaged: {error.message}",
+                "copy the disk with --sync incremental, which stores all of it anew",
+            ) from error
+        return replace(epoch, parent=None), "the newest recovery point is damaged, so all of it was stored"
+    return epoch, ""
 
 
 def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:

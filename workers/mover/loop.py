@@ -15,7 +15,15 @@ from typing import Any
 import structlog
 
 from coordinator.ledger.contract import Finished, Ledger, LedgerUnavailableError
-from coordinator.model.errors import DiskIOError, FlushpointError, Next, NotFoundError, Side, UnavailableError
+from coordinator.model.errors import (
+    DamagedError,
+    DiskIOError,
+    FlushpointError,
+    Next,
+    NotFoundError,
+    Side,
+    UnavailableError,
+)
 from coordinator.model.extent import Extent, Status, merge_adjacent, pack_extents, unpack_extents
 from coordinator.model.job import JobRecord
 from coordinator.model.messages import Doorbell
@@ -363,7 +371,8 @@ class Mover:
         )
 
     def _give_up(self, claim: Claim, failed: OpenError) -> None:
-        """A disk could not be opened: nothing of the unit is done. A server may come back while a job runs."""
+        """A disk could not be opened: nothing of the unit is done. A server may come back while a job runs; what is
+        damaged stays so."""
         job = self._ledger.job(claim.job_id).job  # the plan unit may have opened both before
         error = failed.error
         first_open = claim.kind is UnitKind.TASK or (claim.kind is UnitKind.PLAN and job.disk_size == 0)
@@ -373,7 +382,8 @@ class Mover:
         if not isinstance(error, DiskIOError):
             error = DiskIOError(error.message, next_=Next.RECONNECT, remedy=error.remedy)
         failures = [Failure(failed.side, error, _whole(job))]
-        verdict = judge(job, failures) if self._last_attempt(claim) else note(job, failures)
+        is_final = error.code == DamagedError.code or self._last_attempt(claim)
+        verdict = judge(job, failures) if is_final else note(job, failures)
         count = verdict.action is Action.IGNORE
         self._release(claim, remaining=claim.extents, count_attempt=count, verdict=verdict)
 

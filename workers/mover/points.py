@@ -27,20 +27,20 @@ RECORDED_AT_ONCE = 64
 def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable[[], None]) -> dict[str, Any]:
     """Teach the ledger which points there are, in the groups of the task or in all; what the job tells.
 
-    DamageError names a manifest that cannot be read, after everything else was recorded.
+    A manifest that is damaged hides no other: what is said of it is in `damaged`, by its epoch.
     """
     uri = parse_repository(task.repository).repository
     mark = ledger.points_mark()
     with Repository.open(uri, access) as repository, ThreadPoolExecutor(READS) as threads:
         listed = repository.decisions.groups()
         told: dict[str, list[int]] = {}
-        damaged: list[DamageError] = []
+        damaged: dict[str, dict[int, str]] = {}
 
         def read(name: str, epoch: int) -> PointRecord | None:
             try:
                 decision = repository.decisions.decision(name, epoch)
             except DamageError as error:
-                damaged.append(error)
+                damaged.setdefault(name, {})[epoch] = error.message
                 return None
             return decision.record() if decision is not None and decision.is_point else None
 
@@ -57,13 +57,11 @@ def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable
             ledger.retain_points(repository.id, name, present, mark)
             if found:
                 told[name] = sorted(found)
-        if damaged:
-            raise damaged[0]
         if task.groups:
             ledger.record_points(repository.id, str(uri), [], mark)
         else:
             ledger.scanned(repository.id, str(uri))
-        return {"repository": repository.id, "groups": told}
+        return {"repository": repository.id, "groups": told, "damaged": damaged}
 
 
 def published(ledger: Ledger, target: str, decision: Decision, mark: int) -> None:

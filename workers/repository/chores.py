@@ -34,6 +34,7 @@ class FoundDamageError(DamageError):
         super().__init__("something", first.key)
         more = f", and {len(report.damage) - 1} more" if len(report.damage) > 1 else ""
         self.message = f"{first.message}{more}"
+        self.remedy = "points that it does not harm can be restored; the next backups store it anew"
         self.result = {"repository": repository} | asdict(report)
 
 

@@ -9,6 +9,7 @@ import blake3
 
 from coordinator.model.errors import DamagedError
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES
+from workers.repository.store.contract import ObjectStore, ShortObjectError
 
 FORMAT = 1
 """Version of the format; a repository of a newer one is refused."""
@@ -40,6 +41,14 @@ class DamageError(DamagedError):
         self.key = key
         self.offset = offset
         self.length = length
+
+
+def read_range(store: ObjectStore, key: str, offset: int, length: int) -> bytes:
+    """A piece that was written of an object. DamageError if the object ends before; else as `get_range`."""
+    try:
+        return store.get_range(key, offset, length)
+    except ShortObjectError as error:
+        raise DamageError("a piece beyond the end, wanted", key, offset, length) from error
 
 
 def plain_seal(fields: Mapping[str, object]) -> str:

@@ -25,7 +25,7 @@ import zstandard
 from workers.repository import segment_map
 from workers.repository.expand import expanded
 from workers.repository.keyring import Keyring
-from workers.repository.layout import DIGEST_BYTES, ID_BYTES, DamageError, pack_key
+from workers.repository.layout import DIGEST_BYTES, ID_BYTES, DamageError, pack_key, read_range
 from workers.repository.runs import Run, Squeezed, context_of
 from workers.repository.segment_map import MAP_DIGEST_BYTES, MapRef
 from workers.repository.store.contract import Buffer, ObjectStore, Upload
@@ -243,7 +243,7 @@ def check_whole(data: bytes, pack: bytes) -> PackRef:
 def read_contents(store: ObjectStore, keyring: Keyring, ref: PackRef) -> Contents:
     """What the footer of a pack says. DamageError names the pack."""
     key = pack_key(ref.pack)
-    stored = store.get_range(key, ref.footer_offset, ref.footer_length)
+    stored = read_range(store, key, ref.footer_offset, ref.footer_length)
     try:
         context = footer_context(keyring.repository, ref.pack)
         plain = keyring.open(ref.pack, ref.footer_offset, stored, context)

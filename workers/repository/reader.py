@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
 from workers.repository import segment_map
 from workers.repository.keyring import Keyring
-from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError, pack_key
+from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError, pack_key, read_range
 from workers.repository.pack import map_context, map_digest
 from workers.repository.relocations import MAX_HOPS, Relocations
 from workers.repository.root import Page, Root
@@ -96,7 +96,7 @@ class Fetcher:
 
     def bytes_of(self, pack: bytes, offset: int, length: int) -> bytes:
         """MissingObjectError if the pack is gone; DamageError if it ends before."""
-        return self._store.get_range(pack_key(pack), offset, length)
+        return read_range(self._store, pack_key(pack), offset, length)
 
     def block(self, stored: Buffer, run: Run, length: int) -> Buffer:
         return open_run(stored, run, length, self._keyring)

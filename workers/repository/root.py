@@ -28,9 +28,9 @@ import zstandard
 from coordinator.model.extent import SEGMENT_BYTES
 from workers.repository.expand import expanded
 from workers.repository.keyring import Keyring
-from workers.repository.layout import DIGEST_BYTES, ID_BYTES, SEGMENTS_A_PAGE, DamageError
+from workers.repository.layout import DIGEST_BYTES, ID_BYTES, SEGMENTS_A_PAGE, DamageError, read_range
 from workers.repository.segment_map import MAP_DIGEST_BYTES, MAX_MAP_BYTES, MapRef
-from workers.repository.store.contract import Buffer, ObjectStore
+from workers.repository.store.contract import Buffer, MissingObjectError, ObjectStore
 
 _MAGIC = b"FPROOT\0\1"
 _END = b"FPREND\0\1"
@@ -110,7 +110,7 @@ class Root:
     def load(cls, ref: RootRef, store: ObjectStore, keyring: Keyring) -> Root:
         """DamageError if the directory is not what the manifest names."""
         root = cls(ref, 0, [], store, keyring)
-        stored = store.get_range(ref.key, ref.directory_offset, ref.directory_length)
+        stored = read_range(store, ref.key, ref.directory_offset, ref.directory_length)
         try:
             context = _context(keyring, "directory", ref.key)
             plain = keyring.open(ref.key.encode(), ref.directory_offset, stored, context)
@@ -126,7 +126,10 @@ class Root:
         ref = self.pages[number]
         if not ref.root:
             return {}
-        stored = self._store.get_range(ref.root, ref.offset, ref.length)
+        try:
+            stored = read_range(self._store, ref.root, ref.offset, ref.length)
+        except MissingObjectError as error:
+            raise DamageError("a root that is missing, wanted", ref.root, ref.offset, ref.length) from error
         try:
             context = _context(self._keyring, f"page {number}", ref.root)
             plain = self._keyring.open(ref.root.encode(), ref.offset, stored, context)

@@ -50,9 +50,13 @@ class RepositorySource:
             point, self._hold = self._repository.decisions.hold_point(
                 uri.group, uri.point, f"read-{secrets.token_hex(8)}", f"a reader on {socket.gethostname()}"
             )
-            self._disk = self._repository.disk(point, uri.disk)
         except BaseException:
             self._repository.close()
+            raise
+        try:
+            self._disk = self._repository.disk(point, uri.disk)
+        except BaseException:
+            self._leave()
             raise
         self._identity = ("repository", self._repository.id, uri.group, point.epoch, self._disk.name)
         self._renewing = threading.Lock()
@@ -97,6 +101,9 @@ class RepositorySource:
         if self._closed:
             return
         self._closed = True
+        self._leave()
+
+    def _leave(self) -> None:
         with contextlib.suppress(FlushpointError):  # it goes stale by itself
             self._repository.decisions.let_go(self._hold.id)
         self._repository.close()

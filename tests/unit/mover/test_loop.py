@@ -19,6 +19,7 @@ from coordinator.settings import Settings
 from tests.unit.mover.test_engine import MemoryDisk
 from workers.mover.disks import OpenError
 from workers.mover.loop import Mover
+from workers.sources.repository import DamagedDiskError
 
 SIZE = 1024 * 1024
 BELL = Doorbell(role="mover", bell="b")
@@ -178,6 +179,16 @@ def test_a_server_that_is_away_is_tried_again_and_then_left_to_the_policy() -> N
     assert job.target_io_status == "failed"
     assert bench.events() == ["ignore"] * 4 + ["stop"]
     bench.mover._engine.close()
+
+
+def test_what_is_damaged_is_not_tried_again(comparing: Bench) -> None:
+    """Not even while its extents are read, as a point's are by the plan."""
+    damaged = DamagedDiskError("a map in packs/1 is damaged", next_=Next.GIVE_UP)
+    comparing.disks.errors = [OpenError(Side.SOURCE, damaged)]
+    job = comparing.work()
+    assert job.fatal
+    assert job.error_code == "damaged"
+    assert comparing.events() == ["report"]
 
 
 def test_slices_and_pauses_are_no_failed_attempts(comparing: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from workers.access import Access
 from workers.mover import points
 from workers.repository import chores
 from workers.repository.decisions import Decisions
-from workers.repository.layout import DamageError, point_key
+from workers.repository.layout import point_key
 from workers.repository.repository import Repository
 
 ACCESS = Access(["/"], ["*"])
@@ -33,7 +34,7 @@ def repository(tmp_path: Path) -> Iterator[Repository]:
         yield made
 
 
-def scan(repository: Repository, ledger: MemoryLedger, *groups: str) -> dict[str, object]:
+def scan(repository: Repository, ledger: MemoryLedger, *groups: str) -> dict[str, Any]:
     task = RepositoryTask(kind=TaskKind.SCAN, repository=uri_of(repository), groups=groups)
     return points.scan(task, ledger, ACCESS, lambda: None)
 
@@ -42,7 +43,7 @@ def test_a_scan_teaches_a_ledger_that_knows_nothing_all_points(repository: Repos
     made = [backup(repository, "shop", DATA), backup(repository, "shop", DATA[1:], "compare")]
     other = backup(repository, "other", DATA)
     told = scan(repository, ledger)
-    assert told == {"repository": repository.id, "groups": {"shop": [1, 2], "other": [1]}}
+    assert told == {"repository": repository.id, "groups": {"shop": [1, 2], "other": [1]}, "damaged": {}}
     assert ledger.points(repository.id, "shop") == [decision.record() for decision in made]
     assert ledger.points(repository.id, "other") == [other.record()]
     assert ledger.repositories()[0].scanned_at > 0
@@ -122,8 +123,10 @@ def test_a_damaged_manifest_is_named_and_hides_no_other(
         backup(repository, "shop", DATA)
     manifest = tmp_path / "repository" / point_key("shop", 2)
     manifest.write_bytes(manifest.read_bytes()[:-20])
-    with pytest.raises(DamageError, match="0000000002"):
-        scan(repository, ledger)
+    told = scan(repository, ledger)
+    assert told["groups"] == {"shop": [1, 3]}
+    assert list(told["damaged"]["shop"]) == [2]
+    assert point_key("shop", 2) in told["damaged"]["shop"][2]
     assert ledger.point_epochs(repository.id, "shop") == [1, 3]
 
 

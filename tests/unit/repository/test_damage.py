@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -154,6 +155,26 @@ def test_a_missing_pack_is_named_by_check_and_by_a_reader(tmp_path: Path) -> Non
         assert [d.points for d in check(repository).damage if pack.key in d.message] == [("g@1",)]
         with pytest.raises(FlushpointError, match=pack.key):
             read_point(repository, "g")
+
+
+@pytest.mark.parametrize("kind", ["packs/", "disks/"])
+def test_what_ends_too_early_is_damage_to_a_reader(tmp_path: Path, kind: str) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 100_000)
+        (info,) = repository.store.list(kind)
+        os.truncate(tmp_path / "r" / info.key, info.size // 2)
+        with pytest.raises(DamageError, match=info.key):
+            read_point(repository, "g")
+
+
+def test_an_older_root_that_is_missing_is_damage_to_the_points_that_share_its_pages(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 100_000)
+        (older,) = repository.store.list("disks/")
+        backup(repository, "g", b"x" * 100_000, "compare")
+        repository.store.delete([older.key])
+        with pytest.raises(DamageError, match=f"missing, wanted in {older.key}"):
+            read_point(repository, "g", 2)
 
 
 def test_a_truncated_pack_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from workers.repository.store.contract import (
     MissingObjectError,
     ObjectInfo,
     ObjectStore,
+    ShortObjectError,
     StoreError,
     Upload,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "MissingObjectError",
     "ObjectInfo",
     "ObjectStore",
+    "ShortObjectError",
     "StoreError",
     "Upload",
     "open_store",

@@ -8,6 +8,7 @@ has returned it is durable. Nothing here retries for ever: what cannot be had is
 ``NotFoundError``       there is no such directory or bucket
 ``RefusedError``        rights, credentials or a setting are wrong: a person has to act
 ``UnavailableError``    the store did not answer, or was too busy, for as long as a call has patience: try later
+``ShortObjectError``    the object ends before what was asked for: it is not what was written (a StoreError)
 ``StoreError``          all else; its `errno` tells a full store (ENOSPC) from the rest
 ======================  =========================================================================================
 """
@@ -49,6 +50,10 @@ class StoreError(FlushpointError):
     def __init__(self, message: str, remedy: str = "", *, errno_: int = errno.EIO) -> None:
         super().__init__(message, remedy)
         self.errno = errno_
+
+
+class ShortObjectError(StoreError):
+    """The object ends before what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class ObjectStore(Protocol):
         """The whole object, or MissingObjectError."""
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly `length` (at least 1) bytes from `offset`; MissingObjectError, or StoreError if it ends before."""
+        """Exactly `length` (at least 1) bytes from `offset`; MissingObjectError; ShortObjectError if it ends before."""
 
     def size(self, key: str) -> int | None:
         """Its size in bytes, None if there is no such object."""

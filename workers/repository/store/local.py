@@ -29,6 +29,7 @@ from workers.repository.store.contract import (
     Buffer,
     MissingObjectError,
     ObjectInfo,
+    ShortObjectError,
     StoreError,
     check_key,
     check_prefix,
@@ -64,7 +65,7 @@ class LocalStore:
         with self._opened(key) as fd:
             data = _read(fd, offset, length)
         if len(data) != length:
-            raise StoreError(
+            raise ShortObjectError(
                 f"{key} in {self.name} ends before byte {offset + length}", "run flushpoint repository check"
             )
         return data

@@ -20,6 +20,7 @@ from workers.repository.store.contract import (
     Buffer,
     MissingObjectError,
     ObjectInfo,
+    ShortObjectError,
     StoreError,
     check_prefix,
 )
@@ -68,7 +69,7 @@ class S3Store:
 
         data = self._requests.send(request, key)
         if len(data) != length:
-            raise StoreError(
+            raise ShortObjectError(
                 f"{key} in {self.name} ends before byte {offset + length}", "run flushpoint repository check"
             )
         return data

@@ -18,7 +18,7 @@ from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 from urllib3.exceptions import HTTPError
 
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
-from workers.repository.store.contract import MissingObjectError, StoreError
+from workers.repository.store.contract import MissingObjectError, ShortObjectError, StoreError
 from workers.repository.store.retry import Again
 
 _QUOTED_CHARACTERS = 200
@@ -80,7 +80,7 @@ class Explainer:
         if isinstance(error, boto.PartialCredentialsError):
             return RefusedError(
                 f"the worker has only half of the credentials for {self._where}",
-                "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or both in its profile",
             )
         if isinstance(error, _CREDENTIALS):
             return RefusedError(
@@ -167,7 +167,7 @@ class Explainer:
                 errno_=errno.ENOSPC,
             )
         if code == "InvalidRange":
-            return StoreError(f"{key} in {self._where} ends too early", "run flushpoint repository check")
+            return ShortObjectError(f"{key} in {self._where} ends too early", "run flushpoint repository check")
         if code == "InvalidObjectState":
             return StoreError(
                 f"{key} in {self._where} is archived", "restore it there first, and take another storage-class="
