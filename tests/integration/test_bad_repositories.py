@@ -273,7 +273,7 @@ def encrypted(tmpfs_path: Path) -> Place:
 @pytest.mark.parametrize(
     ("key", "problem", "remedy"),
     [
-        ("", "is encrypted, and no key was named", "Add key=env:NAME or key=file:/path"),
+        ("", "is encrypted, and no key was named", "Add key=env:NAME, key=file:/path"),
         ("key=file:{}/other", "the key given does not open the repository", "Name the key it was made with, by key="),
         ("key=file:{}/absent", "absent does not exist", "Check the path on the worker's host"),
     ],
