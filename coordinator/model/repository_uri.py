@@ -21,6 +21,7 @@ from coordinator.model.errors import UsageError
 SCHEMES = frozenset({"s3", "repo+file"})
 LATEST = 0
 """Instead of an epoch: the newest recovery point."""
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _EXAMPLE = "write s3://bucket/prefix or repo+file:///directory"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
@@ -76,6 +77,21 @@ class RepositoryUri:
     def repository(self) -> RepositoryUri:
         """The repository alone."""
         return replace(self, group="", disk="", point=LATEST)
+
+    def warnings(self) -> list[str]:
+        """What its user should know of how it is named, each in a sentence with what to do about it."""
+        where = urlsplit(self.s3.endpoint)
+        if where.scheme != "http" or where.hostname in _LOOPBACK:
+            return []
+        if self.key:
+            return [
+                "over plain http anybody on the way learns the names and sizes of objects and may destroy them: name an"
+                " https endpoint"
+            ]
+        return [
+            "over plain http anybody on the way can read and change what is stored: name an https endpoint, or encrypt"
+            " with key=…"
+        ]
 
     def __str__(self) -> str:
         pairs = [("key", self.key), ("group", self.group), ("disk", self.disk)]

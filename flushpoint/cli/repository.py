@@ -31,7 +31,7 @@ def init(
 ) -> None:
     """Probe a store and make an empty repository in it, encrypted with ?key=env:NAME, key=file:/PATH or key=kms:KEY."""
     result = run_task(RepositoryTask(kind=TaskKind.INIT, repository=uri, level=level))
-    for sentence in result["store"]["cannot"]:
+    for sentence in result["warnings"]:
         output.say(f"warning: {sentence}")
     _tell(result, as_json, f"repository {result['repository']} is made{', encrypted' if result['encrypted'] else ''}")
 

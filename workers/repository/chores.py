@@ -84,7 +84,12 @@ def _init(uri: RepositoryUri, access: Access, level: int, job_id: str) -> dict[s
             "use a store with conditional PUT (If-None-Match) and read-after-write",
         )
     with Repository.init(uri, access, level, job_id) as repository:
-        return {"repository": repository.id, "encrypted": repository.record.encrypted, "store": asdict(findings)}
+        return {
+            "repository": repository.id,
+            "encrypted": repository.record.encrypted,
+            "store": asdict(findings),
+            "warnings": [*findings.cannot, *uri.warnings()],
+        }
 
 
 def _check(repository: Repository, data: bool, went_on: WentOn) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The owner's key kept by AWS KMS, which moto plays."""
+"""How a repository is protected: the owner's key kept by AWS KMS, which moto plays; and warnings of what is not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from coordinator.model.errors import RefusedError, UnavailableError
+from coordinator.model.repository_uri import parse_repository
 from coordinator.model.task import RepositoryTask, TaskKind
 from tests.object_servers import ObjectServer, running_moto
 from tests.repositories import backup, local_uri, read_point
@@ -182,3 +183,25 @@ def test_a_repository_moves_from_a_passphrase_to_kms_and_on_to_another_key(
             assert read_point(repository, "shop") == DATA
         with pytest.raises(RefusedError):
             open_with(directory, old)
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("s3://bucket/p?endpoint=http://s3.example:9000", "read and change what is stored"),
+        ("s3://bucket/p?endpoint=http://s3.example:9000&key=env:K", "names and sizes"),
+        ("s3://bucket/p?endpoint=https://s3.example:9000", ""),
+        ("s3://bucket/p?endpoint=http://127.0.0.1:9000", ""),
+        ("s3://bucket/p", ""),
+        ("repo+file:///backups", ""),
+    ],
+)
+def test_plain_http_is_warned_of(uri: str, says: str) -> None:
+    warnings = parse_repository(uri).warnings()
+    assert len(warnings) == (says != "")
+    assert says in "".join(warnings)
+
+
+def test_a_new_repository_tells_what_its_user_should_know(directory: Path) -> None:
+    task = RepositoryTask(kind=TaskKind.INIT, repository=str(local_uri(directory)))
+    assert chores.run(task, "job", ACCESS, lambda: None)["warnings"] == []
