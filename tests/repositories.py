@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.model.extent import BLOCK_BYTES, Extent, Status, merge_adjacent
-from coordinator.model.point import Decision
+from coordinator.model.point import Decision, Member
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
 from coordinator.model.units import plan_units
 from workers.access import Access
-from workers.repository.archive import Archive
+from workers.repository.archive import Archive, Readable
 from workers.repository.epochs import Epoch, collect_maps, open_epoch, publish, write_disk_root
 from workers.repository.index import NoIndex, RunIndex
 from workers.repository.pack import Origin, PackRef
@@ -74,35 +74,61 @@ def write_epoch(
 ) -> Written:
     """`kind` is full, dirty (with `extents`) or compare; an epoch of a writer that died before is abandoned."""
     epoch = open_epoch(repository, group, DISK, "job", lambda owner: True)
+    wanted = source.extents() if extents is None else extents
+    return write_disk(repository, epoch, source, len(source.data), wanted, kind, index=index, pool=pool)
+
+
+def write_disk(
+    repository: Repository,
+    epoch: Epoch,
+    source: Readable,
+    size: int,
+    extents: Iterable[Extent],
+    kind: str,
+    *,
+    index: RunIndex | None = None,
+    pool: Executor | None = None,
+) -> Written:
+    """The packs of the disk that `epoch` names; `pool` is shut down."""
     member = epoch.parent_member
-    known = repository.disk(epoch.parent, DISK) if epoch.parent else None
+    known = repository.disk(epoch.parent, epoch.disk) if epoch.parent else None
     base = None if kind == "full" else known
-    size = len(source.data)
-    archive = Archive(repository, Origin(group, epoch.number), DISK, size, base, known, index=index or NoIndex())
-    units = plan_units(merge_adjacent(source.extents() if extents is None else extents), size)
+    origin = Origin(epoch.group, epoch.number)
+    archive = Archive(repository, origin, epoch.disk, size, base, known, index=index or NoIndex())
     with pool or ThreadPoolExecutor(2) as threads:
+        units = plan_units(merge_adjacent(extents), size)
         written = [archive.write_unit(source, unit.extents, threads) for unit in units]
     root = repository.root(member) if base and member else Root.empty(size, repository.store, repository.keyring)
     packs = [w.pack for w in written if w.pack is not None]
     return Written(epoch, root, size, packs, sum(w.bytes_sent for w in written))
 
 
-def publish_epoch(repository: Repository, written: Written, cut_at: float | None = None) -> Decision:
-    maps = collect_maps(repository, DISK, written.packs)
+def write_member(repository: Repository, written: Written, sync: str = "full") -> Member:
+    """The disk's root, and how the manifest is to name it."""
+    maps = collect_maps(repository, written.epoch.disk, written.packs)
     root = write_disk_root(repository, written.epoch, written.base, written.size, maps)
-    member = written.epoch.member_of(root, written.size)
+    return written.epoch.member_of(root, written.size).model_copy(update={"sync": sync})
+
+
+def publish_epoch(repository: Repository, written: Written, cut_at: float | None = None) -> Decision:
+    return publish_members(repository, written.epoch, (write_member(repository, written),), cut_at)
+
+
+def publish_members(
+    repository: Repository, epoch: Epoch, members: tuple[Member, ...], cut_at: float | None = None
+) -> Decision:
     now = time.time()
     decision = Decision(
         decision="manifest",
         repository=repository.id,
-        group=written.epoch.group,
-        epoch=written.epoch.number,
+        group=epoch.group,
+        epoch=epoch.number,
         job="job",
         cut_at=now if cut_at is None else cut_at,
         decided_at=now,
-        members=(member.model_copy(update={"sync": "full"}),),
+        members=members,
     )
-    return publish(repository, written.epoch, decision)
+    return publish(repository, epoch, decision)
 
 
 def backup(repository: Repository, group: str, data: bytes | bytearray, kind: str = "full") -> Decision:

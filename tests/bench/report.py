@@ -14,6 +14,12 @@ from rich.table import Table
 from tests.demo.lab import MIB, run
 
 _BULK = {"nbd_to_nbd": "NBD to NBD", "nbd_to_file": "NBD to file"}
+_MANY_POINTS = {
+    "list": "open and list",
+    "plan": "plan the restore of all disks of the newest",
+    "check": "check",
+    "prune": "prune, dry run",
+}
 _BACKUPS = {"to_s3": "file to S3", "from_s3": "S3 to file", "to_directory": "file to directory"}
 
 
@@ -99,7 +105,17 @@ def show(results: dict[str, Any], console: Console) -> None:
             f"plan 16 TiB, {planned['extents']:,} dirty extents, {title}",
             f"{planned['seconds']:.2f} s, {planned['units']:,} units, memory + {planned['growth_bytes'] / MIB:.0f} MiB",
         )
+    _add_many_points(table, results["many_points"])
     console.print(table)
+
+
+def _add_many_points(table: Table, result: dict[str, Any]) -> None:
+    for where, title in (("directory", "in a directory"), ("s3", "on S3")):
+        for name, one in result[where].items():
+            table.add_row(
+                f"{result['points']:,} points of {result['disks']} disks {title}: {_MANY_POINTS[name]}",
+                f"{one['seconds']:.2f} s, memory + {one['growth_bytes'] / MIB:.0f} MiB",
+            )
 
 
 def _show_bulk(title: str, result: dict[str, Any], console: Console) -> None:

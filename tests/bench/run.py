@@ -22,6 +22,7 @@ from coordinator.model.errors import FlushpointError
 from flushpoint.client import Client, connect
 from tests.bench import report, scenarios
 from tests.bench.backups import BackupBench
+from tests.bench.many_points import ManyPointsBench
 from tests.bench.scenarios import FULL, QUICK, Bench, Scale
 from tests.demo.lab import GIB, Lab, LabError, peak_memory, wait_until
 from tests.object_servers import ENVIRONMENT
@@ -65,6 +66,7 @@ def _measure(lab: Lab, client: Client, scale: Scale, console: Console) -> dict[s
         "planning": bench.planning(),
         "backups": BackupBench(bench, lab, say).measure(),
         "mover_peak_bytes_with_backups": mover_peak(),
+        "many_points": ManyPointsBench(lab, scale, say).measure(),
     }
 
 

@@ -37,10 +37,13 @@ class Scale:
     delayed_serial_blocks: int
     fixed_jobs: int
     planned_extents: int
+    many_points: int
+    many_points_disks: int
+    """Of each of the many points."""
 
 
-FULL = Scale(5, 2 * GIB, 20 * GIB, 3277, 3, 8192, 512, 20, 1_000_000)
-QUICK = Scale(2, 256 * MIB, 4 * GIB, 655, 1, 1024, 128, 5, 50_000)
+FULL = Scale(5, 2 * GIB, 20 * GIB, 3277, 3, 8192, 512, 20, 1_000_000, 1000, 100)
+QUICK = Scale(2, 256 * MIB, 4 * GIB, 655, 1, 1024, 128, 5, 50_000, 100, 20)
 
 
 @dataclass(frozen=True, slots=True)

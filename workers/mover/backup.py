@@ -248,7 +248,7 @@ class Backups:
         if time.monotonic() - self._renewed_at < HOLD_RENEW_S:
             return
         with self._repository_of(job) as repository:
-            if repository.decisions.group(job.group).is_decided(job.epoch):
+            if repository.decisions.about(job.group, job.epoch).is_decided(job.epoch):
                 raise RefusedError(
                     f"epoch {job.epoch} of group {job.group!r} was given up while this job was silent",
                     "submit the job again",

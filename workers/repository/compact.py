@@ -91,15 +91,16 @@ def _live(repository: Repository, only: set[bytes] | None, went_on: Callable[[],
     moved = moved_packs(repository).keys()
     relocations = repository.relocations
     groups = repository.decisions.groups()
-    for disk, ref in each_map(each_root(repository, live_points(repository, groups))):
+    for disk, ref in each_map(repository, each_root(repository, live_points(repository, groups))):
         went_on()
         if only is not None and not moved and ref.pack not in only and only.isdisjoint(ref.packs):
             continue
         here = relocations.current_map(ref, moved)
         holder = found.setdefault(here.pack, _Live())
-        if here.offset not in holder.maps:
-            holder.maps[here.offset] = (disk, here)
-            holder.size += here.length
+        if here.offset in holder.maps:
+            continue  # a page that an epoch writes names most maps of the page before
+        holder.maps[here.offset] = (disk, here)
+        holder.size += here.length
         for run in repository.fetcher.map(disk, ref):
             if run is None:
                 continue

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +23,7 @@ from coordinator.model.point import Decision
 from coordinator.model.repository_uri import LATEST
 from workers.repository.keyring import Keyring
 from workers.repository.layout import GROUPS, HOLDS, DamageError, hold_key, point_key, retained_prefix
+from workers.repository.prefetch import Prefetcher
 from workers.repository.store.contract import MissingObjectError, ObjectStore
 
 HOLD_TTL_S = 3600.0
@@ -97,9 +99,10 @@ Record = TypeVar("Record", Decision, Retained, Hold)
 class Decisions:
     """Reads and writes them. Thread-safe."""
 
-    def __init__(self, store: ObjectStore, keyring: Keyring) -> None:
+    def __init__(self, store: ObjectStore, keyring: Keyring, prefetcher: Prefetcher) -> None:
         self._store = store
         self._keyring = keyring
+        self._prefetcher = prefetcher
 
     def groups(self) -> dict[str, Group]:
         """All groups, by one listing."""
@@ -109,20 +112,34 @@ class Decisions:
         """One group; without any epoch if there is none of that name."""
         return self._listed(f"{GROUPS}{name}/").get(name, Group(name, (), None))
 
-    def points(self, group: Group) -> list[Decision]:
-        """Its recovery points, oldest first. A damaged one raises DamageError; see `point` to go on past it."""
-        found = (self.decision(group.name, epoch) for epoch in group.present())
-        return [decision for decision in found if decision is not None and decision.is_point]
+    def about(self, name: str, *epochs: int) -> Group:
+        """What `group` tells, but of these epochs alone: it costs the same however many others there are."""
+        decided = [epoch for epoch in sorted(epochs) if self._store.size(point_key(name, epoch)) is not None]
+        listed = self._listed(retained_prefix(name)).get(name)
+        return Group(name, tuple(decided), listed.retained if listed else None)
+
+    def points(self, group: Group) -> Iterator[Decision]:
+        """Its recovery points, oldest first, read while they are asked for: few are in memory, however many there are.
+
+        A damaged one raises DamageError; see `read` to go on past it.
+        """
+        return self._points(group.name, group.present())
+
+    def newest_points(self, group: Group) -> Iterator[Decision]:
+        """The same, newest first."""
+        return self._points(group.name, reversed(group.present()))
+
+    def read(self, name: str, epochs: Iterable[int]) -> Iterator[tuple[int, Future[Decision | None]]]:
+        """`decision` of each of these epochs of a group, side by side; its errors come out of the future."""
+        return self._prefetcher.each(lambda epoch: self.decision(name, epoch), epochs)
 
     def point(self, name: str, epoch: int) -> Decision:
         """One recovery point, the newest for LATEST; NotFoundError names those there are."""
-        group = self.group(name)
-        present = group.present()
-        for candidate in reversed(present) if epoch == LATEST else [epoch] if epoch in present else []:
-            decision = self.decision(name, candidate)
-            if decision is not None and decision.is_point:
-                return decision
-        there = ", ".join(str(e) for e in present[-10:]) or "none"
+        group = self.group(name) if epoch == LATEST else self.about(name, epoch)
+        found = next(self.newest_points(group), None)
+        if found is not None:
+            return found
+        there = ", ".join(str(e) for e in self.group(name).present()[-10:]) or "none"
         what = f"recovery point {epoch}" if epoch else "recovery point"
         raise NotFoundError(
             f"group {name!r} has no {what} in {self._store.name}; the newest are: {there}",
@@ -181,7 +198,7 @@ class Decisions:
             point = self.point(name, epoch)
             hold = Hold(id=hold_id, kind="read", group=name, points=(point.epoch,), owner=owner, renewed_at=time.time())
             self.hold(hold)
-            if point.epoch in self.group(name).present():  # a prune may have come between
+            if point.epoch in self.about(name, point.epoch).present():  # a prune may have come between
                 return point, hold
             self.let_go(hold_id)
         raise RefusedError(f"the points of group {name!r} are pruned as fast as they are read", "try again")
@@ -194,6 +211,12 @@ class Decisions:
         self._store.delete([hold_key(hold_id)])
 
     # -- bytes ---------------------------------------------------------------------------------------------
+
+    def _points(self, name: str, epochs: Iterable[int]) -> Iterator[Decision]:
+        for _, reading in self.read(name, epochs):
+            decision = reading.result()
+            if decision is not None and decision.is_point:
+                yield decision
 
     def _listed(self, prefix: str) -> dict[str, Group]:
         epochs: dict[str, list[int]] = {}

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from coordinator.model.errors import RefusedError
 from coordinator.model.point import Decision, Member
 from workers.failpoint import pass_point
-from workers.repository.decisions import Hold
+from workers.repository.decisions import Group, Hold
 from workers.repository.layout import hold_key, root_key
 from workers.repository.pack import PackRef, read_contents
 from workers.repository.repository import Repository
@@ -90,20 +90,22 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
         abandon(repository, group, hold.epoch, f"given up: {hold.owner} wrote it and has ended or fallen silent")
     number = max([seen.newest, *(h.epoch for h in holds)], default=0) + 1
     for _ in range(PARENTS):
-        epoch = Epoch(group, number, disk, owner, _newest_with(repository, seen.present(), group, disk))
-        if not decisions.announce(epoch.hold()):
+        epoch = Epoch(group, number, disk, owner, _newest_with(repository, seen, disk))
+        announced = epoch.hold()
+        if not decisions.announce(announced):
             raise RefusedError(f"somebody else has just opened epoch {number} of group {group!r}", "try again")
         first = min((h.epoch for h in decisions.holds() if h.kind == "epoch" and h.group == group), default=number)
         if first < number:
             decisions.let_go(epoch.hold_id)
             raise RefusedError(f"somebody else has just opened epoch {first} of group {group!r}", "try again")
-        seen = decisions.group(group)  # a prune may have removed the parent before the hold was there
-        if seen.is_decided(number):
+        now = decisions.about(group, number, *announced.points)
+        if now.is_decided(number):
             decisions.let_go(epoch.hold_id)
             raise RefusedError(f"somebody else has just decided epoch {number} of group {group!r}", "try again")
-        if epoch.parent is None or epoch.parent.epoch in seen.present():
+        if epoch.parent is None or epoch.parent.epoch in now.present():
             return epoch
-        decisions.let_go(epoch.hold_id)
+        decisions.let_go(epoch.hold_id)  # a prune has removed the parent before the hold was there
+        seen = decisions.group(group)
     raise RefusedError(f"the points of group {group!r} are pruned as fast as they are read", "try again")
 
 
@@ -138,8 +140,7 @@ def publish(repository: Repository, epoch: Epoch, decision: Decision) -> Decisio
             f"epoch {epoch.number} of group {epoch.group!r} was decided by somebody else: {decided.why or decided.job}",
             "submit the job again",
         )
-    retained = repository.decisions.group(epoch.group).retained
-    if retained is not None and not retained.has(epoch.number):
+    if epoch.number not in repository.decisions.about(epoch.group, epoch.number).present():
         raise RefusedError(
             f"epoch {epoch.number} of group {epoch.group!r} was given up and pruned while its writer was silent",
             "submit the job again",
@@ -163,15 +164,9 @@ def abandon(repository: Repository, group: str, number: int, why: str) -> Decisi
     return decided
 
 
-def _newest_with(repository: Repository, epochs: list[int], group: str, disk: str) -> Decision | None:
-    return next(_points_with(repository, epochs, group, disk), None)
-
-
-def _points_with(repository: Repository, epochs: list[int], group: str, disk: str) -> Iterator[Decision]:
-    for number in reversed(epochs):
-        decision = repository.decisions.decision(group, number)
-        if decision is not None and decision.member(disk) is not None:
-            yield decision
+def _newest_with(repository: Repository, group: Group, disk: str) -> Decision | None:
+    points = repository.decisions.newest_points(group)
+    return next((point for point in points if point.member(disk) is not None), None)
 
 
 def _busy(repository: Repository, hold: Hold) -> RefusedError:

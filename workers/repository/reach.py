@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from coordinator.model.point import Decision
+from coordinator.model.point import Decision, Member
 from workers.repository.decisions import Group
 from workers.repository.layout import MOVED, pack_key
 from workers.repository.repository import Repository
@@ -36,22 +36,32 @@ def live_points(repository: Repository, groups: dict[str, Group]) -> Iterator[De
 
 def each_root(repository: Repository, points: Iterator[Decision]) -> Iterator[tuple[Decision, str, Root]]:
     """(point, disk, root) of every disk of every point; one root that several points name comes once."""
-    seen: set[str] = set()
-    for point in points:
-        for member in point.members:
-            if member.root not in seen:
-                seen.add(member.root)
-                yield point, member.disk, repository.root(member)
+
+    def members() -> Iterator[tuple[Decision, Member]]:
+        seen: set[str] = set()
+        for point in points:
+            for member in point.members:
+                if member.root not in seen:
+                    seen.add(member.root)
+                    yield point, member
+
+    for (point, member), loading in repository.prefetcher.each(lambda one: repository.root(one[1]), members()):
+        yield point, member.disk, loading.result()
 
 
-def each_map(roots: Iterator[tuple[Decision, str, Root]]) -> Iterator[tuple[str, MapRef]]:
+def each_map(repository: Repository, roots: Iterator[tuple[Decision, str, Root]]) -> Iterator[tuple[str, MapRef]]:
     """(disk, map) of all pages, each page once however many roots share it."""
-    seen: set[PageRef] = set()
-    for _, disk, root in roots:
-        for number, page in enumerate(root.pages):
-            if page.root and page not in seen:
-                seen.add(page)
-                yield from ((disk, ref) for ref in root.page(number).values())
+
+    def pages() -> Iterator[tuple[str, Root, int]]:
+        seen: set[PageRef] = set()
+        for _, disk, root in roots:
+            for number, page in enumerate(root.pages):
+                if page.root and page not in seen:
+                    seen.add(page)
+                    yield disk, root, number
+
+    for (disk, _, _), reading in repository.prefetcher.each(lambda one: one[1].page(one[2]), pages()):
+        yield from ((disk, ref) for ref in reading.result().values())
 
 
 def find_alive(repository: Repository, points: Iterator[Decision], went_on: Callable[[], None] = lambda: None) -> Alive:
@@ -64,7 +74,7 @@ def find_alive(repository: Repository, points: Iterator[Decision], went_on: Call
             alive.roots |= root.roots()
             yield point, disk, root
 
-    for _, ref in each_map(noting_roots()):
+    for _, ref in each_map(repository, noting_roots()):
         alive.packs.add(ref.pack)
         alive.packs.update(ref.packs)
     _follow_moves(repository, alive)

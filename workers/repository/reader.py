@@ -19,6 +19,7 @@ from workers.repository import segment_map
 from workers.repository.keyring import Keyring
 from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError, pack_key, read_range
 from workers.repository.pack import map_context, map_digest
+from workers.repository.prefetch import AT_ONCE, Prefetcher
 from workers.repository.relocations import MAX_HOPS, Relocations
 from workers.repository.root import Page, Root
 from workers.repository.runs import Run, open_run
@@ -29,6 +30,8 @@ SPAN_BYTES = 8 * 1024 * 1024
 """What is fetched at once. With SPANS of them held, 48 MiB a reader."""
 SPANS = 6
 MAP_SPAN_BYTES = 256 * 1024
+MAP_SPANS = 2 * AT_ONCE
+"""Maps are fetched ahead, and after many epochs each is in another pack."""
 MAPS = 128
 PAGES = 16
 GAP_BYTES = BLOCK_BYTES
@@ -89,7 +92,8 @@ class _Located:
 class Fetcher:
     """Stored bytes and maps of a repository. Thread-safe."""
 
-    def __init__(self, store: ObjectStore, keyring: Keyring, relocations: Relocations) -> None:
+    def __init__(self, store: ObjectStore, keyring: Keyring, relocations: Relocations, prefetcher: Prefetcher) -> None:
+        self.prefetcher = prefetcher
         self._store = store
         self._keyring = keyring
         self._relocations = relocations
@@ -146,7 +150,7 @@ class PointDisk:
         self._fetcher = fetcher
         self._span_bytes = span_bytes
         self._pages: _Once[int, Page] = _Once(PAGES)
-        self._map_spans: _Once[_Span, bytes | None] = _Once(SPANS)
+        self._map_spans: _Once[_Span, bytes | None] = _Once(MAP_SPANS)
         self._maps: _Once[int, _Located | None] = _Once(MAPS)
         self._spans: _Once[_Span, bytes | None] = _Once(SPANS)
 
@@ -162,18 +166,17 @@ class PointDisk:
             yield from sorted(segment for segment in self._page(number) if first <= segment < end)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Data and holes, by blocks; sorted, not merged. Pages without a map cost nothing."""
+        """Data and holes, by blocks; sorted, not merged. What has no map costs nothing; maps are fetched ahead."""
         end = min(offset + length, self.size)
-        while offset < end:
-            segment = offset // SEGMENT_BYTES
-            page = self._page(segment // SEGMENTS_A_PAGE)
-            if not page:
-                stop = min(end, (segment // SEGMENTS_A_PAGE + 1) * SEGMENTS_A_PAGE * SEGMENT_BYTES)
-                yield Extent(offset, stop - offset, Status.HOLE)
-            else:
-                stop = min(end, (segment + 1) * SEGMENT_BYTES)
-                yield from self._extents_of_segment(segment, offset, stop)
-            offset = stop
+        segments = self.mapped(offset // SEGMENT_BYTES, -(-end // SEGMENT_BYTES))
+        for segment, locating in self._fetcher.prefetcher.each(self._located, segments):
+            start = max(offset, segment * SEGMENT_BYTES)
+            if offset < start:
+                yield Extent(offset, start - offset, Status.HOLE)
+            offset = min(end, (segment + 1) * SEGMENT_BYTES)
+            yield from _extents_of(locating.result(), start, offset)
+        if offset < end:
+            yield Extent(offset, end - offset, Status.HOLE)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset`. DamageError, StoreError; what the buffer then holds is undefined."""
@@ -221,19 +224,6 @@ class PointDisk:
         except MissingObjectError:
             return None
 
-    def _extents_of_segment(self, segment: int, offset: int, stop: int) -> Iterator[Extent]:
-        located = self._located(segment)
-        if located is None:
-            yield Extent(offset, stop - offset, Status.HOLE)
-            return
-        while offset < stop:
-            number = offset // BLOCK_BYTES
-            end = min(stop, (number + 1) * BLOCK_BYTES)
-            index = number % BLOCKS_A_SEGMENT
-            zero = index >= len(located.runs) or located.runs[index] is None
-            yield Extent(offset, end - offset, Status.HOLE if zero else Status.DATA)
-            offset = end
-
     def _page(self, number: int) -> Page:
         return self._pages.get(number, lambda: self._root.page(number))
 
@@ -251,6 +241,18 @@ class PointDisk:
         stored = None if fetched is None else memoryview(fetched)[start : start + ref.length]
         runs = self._fetcher.map(self.name, ref, stored)
         return _Located(runs, _spans_of(runs, self._span_bytes))
+
+
+def _extents_of(located: _Located | None, offset: int, stop: int) -> Iterator[Extent]:
+    """By blocks; all of it lies in the segment."""
+    runs = located.runs if located is not None else ()
+    while offset < stop:
+        number = offset // BLOCK_BYTES
+        end = min(stop, (number + 1) * BLOCK_BYTES)
+        index = number % BLOCKS_A_SEGMENT
+        zero = index >= len(runs) or runs[index] is None
+        yield Extent(offset, end - offset, Status.HOLE if zero else Status.DATA)
+        offset = end
 
 
 def _span_of_maps(page: Page, ref: MapRef) -> _Span:

@@ -20,6 +20,7 @@ from workers.repository import keyring as keys
 from workers.repository.decisions import Decisions
 from workers.repository.keyring import Keyring
 from workers.repository.layout import FORMAT, ID_BYTES, REPOSITORY_KEY, DamageError, plain_seal
+from workers.repository.prefetch import Prefetcher
 from workers.repository.reader import SPAN_BYTES, Fetcher, PointDisk
 from workers.repository.relocations import Relocations
 from workers.repository.root import Root, RootRef
@@ -55,9 +56,10 @@ class Repository:
         self.store = store
         self.record = record
         self.keyring = keyring
-        self.decisions = Decisions(store, keyring)
+        self.prefetcher = Prefetcher()
+        self.decisions = Decisions(store, keyring, self.prefetcher)
         self.relocations = Relocations(store, keyring)
-        self.fetcher = Fetcher(store, keyring, self.relocations)
+        self.fetcher = Fetcher(store, keyring, self.relocations, self.prefetcher)
 
     @classmethod
     def open(cls, uri: RepositoryUri, access: Access) -> Self:
@@ -108,6 +110,7 @@ class Repository:
         self.close()
 
     def close(self) -> None:
+        self.prefetcher.close()
         self.store.close()
 
     @property

@@ -12,17 +12,20 @@ from coordinator.model.errors import FlushpointError, NotFoundError, RefusedErro
 from coordinator.model.extent import Extent, Status
 from tests.golden.make_repositories import HERE, KEY, KINDS, POINTS, content
 from tests.repositories import (
+    DISK,
     BytesSource,
     backup,
     local_uri,
     make_repository,
     publish_epoch,
+    publish_members,
     read_point,
     write_epoch,
 )
 from workers.access import Access
 from workers.repository.check import check
 from workers.repository.collect import condemn
+from workers.repository.epochs import open_epoch
 from workers.repository.layout import DamageError, pack_key
 from workers.repository.pack import read_contents, read_tail
 from workers.repository.repository import Repository
@@ -184,6 +187,37 @@ def test_a_truncated_pack_is_named(tmp_path: Path) -> None:
         path = tmp_path / "r" / pack.key
         path.write_bytes(path.read_bytes()[:-100])
         assert any(pack.key in damage.message for damage in check(repository).damage)
+
+
+def test_damage_that_points_share_is_told_of_each(tmp_path: Path) -> None:
+    with make_repository(tmp_path / "r") as repository:
+        first = backup(repository, "g", b"x" * 100_000)
+        epoch = open_epoch(repository, "g", DISK, "job", lambda owner: True)
+        publish_members(repository, epoch, first.members)
+        path = tmp_path / "r" / first.members[0].root
+        broken = bytearray(path.read_bytes())
+        broken[first.members[0].directory_offset - 1] ^= 1  # of the page
+        path.write_bytes(broken)
+        told = {damage.message: damage.points for damage in check(repository).damage}
+        assert len(told) == 2, "the object, and the page in it"
+        assert set(told.values()) == {("g@1", "g@2")}
+
+
+def test_a_check_that_is_broken_off_takes_that_for_no_damage(tmp_path: Path) -> None:
+    class CancelledError(FlushpointError):
+        pass
+
+    asked = []
+
+    def went_on() -> None:
+        asked.append(None)
+        if len(asked) == 1:
+            raise CancelledError("the job was cancelled by force")
+
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 100_000)
+        with pytest.raises(CancelledError):
+            check(repository, went_on=went_on)
 
 
 def test_a_wrong_key_is_refused_before_anything_is_read(golden: tuple[Path, str]) -> None:

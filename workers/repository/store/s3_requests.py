@@ -15,13 +15,14 @@ import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import boto3.session  # type: ignore[import-untyped]
 import botocore.session  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
 from botocore.loaders import create_loader  # type: ignore[import-untyped]
+from botocore.utils import parse_timestamp  # type: ignore[import-untyped]
 
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
 from coordinator.model.repository_uri import RepositoryUri
@@ -170,6 +171,7 @@ class S3Requests:
         )
         core = botocore.session.get_session()
         core.register_component("data_loader", _DESCRIPTIONS)
+        core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
         paths = list(_DESCRIPTIONS.search_paths)
         session = boto3.session.Session(profile_name=options.profile or None, botocore_session=core)
         _DESCRIPTIONS.search_paths[:] = paths  # each session adds its own, and never takes it away
@@ -181,6 +183,15 @@ class S3Requests:
             config=config,
         )
         return client
+
+
+def _timestamp(text: str) -> datetime:
+    """As listings write it, 2026-01-31T12:00:00.000Z: botocore's own parser, which takes any form, needs two thirds of
+    the time of a listing for that."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return cast("datetime", parse_timestamp(text))
 
 
 class Body:

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from scripted_s3 import OK, Answer, Opener, ScriptedS3, error, refusal_before_the_body
@@ -50,6 +51,15 @@ def test_a_checksum_is_a_header_computed_once(s3: ScriptedS3, open_s3: Opener, o
     assert request.headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
     assert "x-amz-trailer" not in request.headers
     assert request.body == data
+
+
+@pytest.mark.parametrize("written", ["2026-01-31T12:00:00.000Z", "Sat, 31 Jan 2026 12:00:00 GMT", "1769860800"])
+def test_times_of_a_listing_are_read_in_any_form(s3: ScriptedS3, store: S3Store, written: str) -> None:
+    entry = f"<Contents><Key>p/k</Key><Size>1</Size><LastModified>{written}</LastModified></Contents>"
+    listing = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entry}</ListBucketResult>"
+    s3.will_answer(Answer(body=listing.encode()))
+    [info] = store.list("k")
+    assert info.modified == datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 def test_deletions_carry_the_checksum_that_every_server_knows(s3: ScriptedS3, store: S3Store) -> None:
