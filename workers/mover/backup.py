@@ -106,8 +106,8 @@ class Backups:
             return lease.halt is None and rate.admit(length, lease)
 
         try:
+            self._renew_hold(job)  # before the archive looks at what it must not refer to
             archive = self._archive_of(job)
-            self._renew_hold(job)
             written = archive.write_unit(_Blamed(source), extents, self._pool, go_on)
         except Stopped:
             return Outcome(remaining=extents), ""

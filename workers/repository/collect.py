@@ -2,12 +2,12 @@
 
     1  condemn   what nothing alive leads to, of decided epochs only, is listed in condemned/<id>; then the epochs that
                  are open are looked up and added
-    2  remove    by a later run, when every one of those epochs is decided, and still nothing leads to it
+    2  remove    by a later run, when every one of those epochs is over, and still nothing leads to it
 
 A writer looks up what is condemned after its hold is there, and refers to none of it. So whoever may refer to something
 condemned had its hold before, is among the epochs listed with it, and is looked at again when that is decided. A writer
 that sleeps for a week keeps what was condemned meanwhile from being removed, until its hold is stale and its epoch is
-abandoned, after which it can publish nothing.
+abandoned, after which it can publish nothing. tests/models has all of this as a model that is searched to its end.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from coordinator.model.point import Retention, kept
 from workers.failpoint import pass_point
 from workers.repository.decisions import Group, Hold, prune_leftovers
 from workers.repository.epochs import abandon
-from workers.repository.layout import COMPACTION, CONDEMNED, DISKS, MOVED, PACKS, DamageError
+from workers.repository.layout import COMPACTION, CONDEMNED, DISKS, MOVED, PACKS, DamageError, pack_key
 from workers.repository.locks import extend_locks
 from workers.repository.pack import read_head
-from workers.repository.reach import Alive, find_alive, live_points
+from workers.repository.reach import Alive, find_alive, live_points, moved_packs
 from workers.repository.repository import Repository
 from workers.repository.store.contract import MissingObjectError
 
@@ -108,7 +108,7 @@ def collect(repository: Repository, report: Pruned, went_on: Callable[[], None] 
     # among those looked at. A compaction that is over here has written its records before what is alive is found.
     sentences = [(key, bound(repository, key, one)) for key, one in sentences_of(repository, "remove")]
     open_now = open_epochs(repository)
-    groups = repository.decisions.groups()
+    groups = repository.decisions.groups_to_keep()
     report.locked = extend_locks(repository, groups, went_on)
     alive = find_alive(repository, live_points(repository, groups), went_on)
     for key, sentence in sentences:
@@ -117,6 +117,7 @@ def collect(repository: Repository, report: Pruned, went_on: Callable[[], None] 
     for key, sentence in sentences_of(repository, "shun"):
         if not any(_leads_to(alive, k) for k in sentence.keys):
             repository.store.delete([key])
+    forget_moved(repository)
     known = {k for _, sentence in sentences for k in sentence.keys}
     for keys in _batches(_dead(repository, open_now, groups, alive, known, report)):
         went_on()
@@ -171,8 +172,26 @@ def open_epochs(repository: Repository) -> OpenEpochs:
 
 
 def may_go(open_now: OpenEpochs, groups: dict[str, Group], sentence: Condemned) -> bool:
-    """Whether every epoch that may refer to what was condemned is decided; `open_now` was asked for before `groups`."""
-    return all(_is_decided(groups, open_now, epoch) for epoch in sentence.open_epochs or ())
+    """Whether every epoch that may refer to what was condemned is over: decided, or without its hold, like one that was
+    announced and taken back. `open_now` was asked for before `groups`."""
+    epochs = sentence.open_epochs or ()
+    return all(epoch not in open_now or _is_decided(groups, open_now, epoch) for epoch in epochs)
+
+
+def forget_moved(repository: Repository) -> None:
+    """Remove nominations all of whose packs were moved, or are gone.
+
+    Not before: another compaction may be about to move what was alive when it looked, and what was dead then must not
+    be referred to again, however little is left to move for us.
+    """
+    nominations = list(sentences_of(repository, "move"))
+    if not nominations:
+        return
+    moved = moved_packs(repository)
+    for key, nomination in nominations:
+        packs = [bytes.fromhex(pack.removeprefix(PACKS)) for pack in nomination.keys]
+        if all(pack in moved or repository.store.size(pack_key(pack)) is None for pack in packs):
+            repository.store.delete([key])
 
 
 def _is_decided(groups: dict[str, Group], open_now: OpenEpochs, epoch: tuple[str, int]) -> bool:
@@ -226,6 +245,8 @@ def _epoch_of_pack(repository: Repository, key: str, size: int) -> tuple[str, in
         origin = read_head(repository.store, bytes.fromhex(key.removeprefix(PACKS)), size).origin
     except (DamageError, ValueError):
         return ("", 0)  # no pack of ours: check names it, nobody removes it
+    except MissingObjectError:
+        return ("", 0)  # another prune has just removed it
     return (origin.group, origin.epoch)
 
 

@@ -90,7 +90,7 @@ def _live(repository: Repository, only: set[bytes] | None, went_on: Callable[[],
     found: dict[bytes, _Live] = {}
     moved = moved_packs(repository).keys()
     relocations = repository.relocations
-    groups = repository.decisions.groups()
+    groups = repository.decisions.groups_to_keep()
     for disk, ref in each_map(repository, each_root(repository, live_points(repository, groups))):
         went_on()
         if only is not None and not moved and ref.pack not in only and only.isdisjoint(ref.packs):
@@ -113,16 +113,15 @@ def _live(repository: Repository, only: set[bytes] | None, went_on: Callable[[],
 
 
 def _move_nominated(repository: Repository, report: Compacted, went_on: Callable[[], None]) -> None:
-    ready: dict[str, set[bytes]] = {}
-    sentences = [(name, collect.bound(repository, name, one)) for name, one in collect.sentences_of(repository, "move")]
+    victims: set[bytes] = set()
+    sentences = [collect.bound(repository, name, one) for name, one in collect.sentences_of(repository, "move")]
     open_now = collect.open_epochs(repository)
     groups = repository.decisions.groups()
-    for name, sentence in sentences:
+    for sentence in sentences:
         if collect.may_go(open_now, groups, sentence):
-            ready[name] = {bytes.fromhex(key.removeprefix(PACKS)) for key in sentence.keys}
-    if not ready:
+            victims |= {bytes.fromhex(key.removeprefix(PACKS)) for key in sentence.keys}
+    if not victims:
         return
-    victims = set().union(*ready.values())
     live = _live(repository, victims, went_on)
     with _Mover(repository, report) as mover:
         for pack in sorted(victims):
@@ -131,7 +130,7 @@ def _move_nominated(repository: Repository, report: Compacted, went_on: Callable
                 mover.renew()
                 mover.move(pack, live[pack])
         mover.finish()
-    repository.store.delete(ready)
+    collect.forget_moved(repository)
 
 
 class _Mover:
@@ -220,6 +219,7 @@ class _Mover:
         pass_point("between-packs-and-moved")
         self._check_hold()
         for pack, places in self._places.items():
+            self.renew()
             if self._repository.relocations.write(pack, places):
                 self._report.moved_packs += 1
             pass_point("between-moved-and-moved")

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -80,6 +81,8 @@ class Group:
     decided: tuple[int, ...]
     """Sorted. Epochs up to the floor are decided too, whether their object is still there or not."""
     retained: Retained | None
+    held: frozenset[int] = frozenset()
+    """Points that somebody holds; only for `to_keep`."""
 
     def is_decided(self, epoch: int) -> bool:
         return epoch in self.decided or (self.retained is not None and epoch <= self.retained.floor)
@@ -87,6 +90,10 @@ class Group:
     def present(self) -> list[int]:
         """Decided epochs that were not pruned: points and tombstones, oldest first."""
         return [epoch for epoch in self.decided if self.retained is None or self.retained.has(epoch)]
+
+    def wanted(self) -> list[int]:
+        """The same, and those that a prune dropped while somebody took hold of them."""
+        return sorted({*self.present(), *self.held.intersection(self.decided)})
 
     @property
     def newest(self) -> int:
@@ -105,29 +112,47 @@ class Decisions:
         self._prefetcher = prefetcher
 
     def groups(self) -> dict[str, Group]:
-        """All groups, by one listing."""
-        return self._listed(GROUPS)
+        """All groups, by their names."""
+        return self._listed(GROUPS, self._newest_retained(GROUPS), {})
 
     def group(self, name: str) -> Group:
         """One group; without any epoch if there is none of that name."""
-        return self._listed(f"{GROUPS}{name}/").get(name, Group(name, (), None))
+        prefix = _prefix_of(name)
+        return self._listed(prefix, self._newest_retained(prefix), {}).get(name, Group(name, (), None))
+
+    def groups_to_keep(self) -> dict[str, Group]:
+        """All groups as whoever removes something has to see them: with what is held.
+
+        Holds are looked at between retention records and decisions. Whoever is made from a point that is missing from
+        the record had its hold before, so it has it still, or is decided and seen.
+        """
+        return self._listed(GROUPS, self._newest_retained(GROUPS), self._held())
+
+    def group_to_keep(self, name: str) -> Group:
+        """One of them."""
+        prefix = _prefix_of(name)
+        return self._listed(prefix, self._newest_retained(prefix), self._held()).get(name, Group(name, (), None))
 
     def about(self, name: str, *epochs: int) -> Group:
         """What `group` tells, but of these epochs alone: it costs the same however many others there are."""
         decided = [epoch for epoch in sorted(epochs) if self._store.size(point_key(name, epoch)) is not None]
-        listed = self._listed(retained_prefix(name)).get(name)
-        return Group(name, tuple(decided), listed.retained if listed else None)
+        # In this order: a decision that was pruned before it was asked for is below the floor.
+        return Group(name, tuple(decided), self._newest_retained(retained_prefix(name)).get(name))
 
     def points(self, group: Group) -> Iterator[Decision]:
         """Its recovery points, oldest first, read while they are asked for: few are in memory, however many there are.
 
         A damaged one raises DamageError; see `read` to go on past it.
         """
-        return self._points(group.name, group.present())
+        return self._points(group, Group.present, partial(self.group, group.name))
 
     def newest_points(self, group: Group) -> Iterator[Decision]:
         """The same, newest first."""
-        return self._points(group.name, reversed(group.present()))
+        return self._points(group, _newest_first, partial(self.group, group.name))
+
+    def points_to_keep(self, group: Group) -> Iterator[Decision]:
+        """As `points`, of one of `groups_to_keep`: with those that are held."""
+        return self._points(group, Group.wanted, partial(self.group_to_keep, group.name))
 
     def read(self, name: str, epochs: Iterable[int]) -> Iterator[tuple[int, Future[Decision | None]]]:
         """`decision` of each of these epochs of a group, side by side; its errors come out of the future."""
@@ -135,8 +160,8 @@ class Decisions:
 
     def point(self, name: str, epoch: int) -> Decision:
         """One recovery point, the newest for LATEST; NotFoundError names those there are."""
-        group = self.group(name) if epoch == LATEST else self.about(name, epoch)
-        found = next(self.newest_points(group), None)
+        look = partial(self.group, name) if epoch == LATEST else partial(self.about, name, epoch)
+        found = next(self._points(look(), _newest_first, look), None)
         if found is not None:
             return found
         there = ", ".join(str(e) for e in self.group(name).present()[-10:]) or "none"
@@ -201,7 +226,7 @@ class Decisions:
             if point.epoch in self.about(name, point.epoch).present():  # a prune may have come between
                 return point, hold
             self.let_go(hold_id)
-        raise RefusedError(f"the points of group {name!r} are pruned as fast as they are read", "try again")
+        raise _pruned_too_fast(name)
 
     def announce(self, hold: Hold) -> bool:
         """Write a hold that nobody may have written before; False if somebody has."""
@@ -212,25 +237,61 @@ class Decisions:
 
     # -- bytes ---------------------------------------------------------------------------------------------
 
-    def _points(self, name: str, epochs: Iterable[int]) -> Iterator[Decision]:
-        for _, reading in self.read(name, epochs):
-            decision = reading.result()
-            if decision is not None and decision.is_point:
-                yield decision
+    def _points(
+        self, group: Group, epochs_of: Callable[[Group], Iterable[int]], look_again: Callable[[], Group]
+    ) -> Iterator[Decision]:
+        """One that was listed and is gone was pruned meanwhile: what was published in its place has to be seen."""
+        told: set[int] = set()
+        for _ in range(POINTS_TRIED):
+            for epoch, reading in self.read(group.name, [e for e in epochs_of(group) if e not in told]):
+                decision = reading.result()
+                if decision is None:
+                    break
+                told.add(epoch)
+                if decision.is_point:
+                    yield decision
+            else:
+                return
+            group = look_again()
+        raise _pruned_too_fast(group.name)
 
-    def _listed(self, prefix: str) -> dict[str, Group]:
+    def _listed(
+        self, prefix: str, retained: Mapping[str, Retained], held: Mapping[str, frozenset[int]]
+    ) -> dict[str, Group]:
+        """Decisions are listed after the retention records: one that another prune has kept, or that was published in
+        place of one it has not, is then among them."""
         epochs: dict[str, list[int]] = {}
-        newest: dict[str, str] = {}
         for info in self._store.list(prefix):
             if match := _POINT.fullmatch(info.key):
                 epochs.setdefault(match["group"], []).append(int(match["epoch"]))
-            elif match := _RETAINED.fullmatch(info.key):
-                newest[match["group"]] = max(newest.get(match["group"], ""), info.key)
-        names = epochs.keys() | newest.keys()
-        return {n: Group(n, tuple(sorted(epochs.get(n, ()))), self._retained(newest.get(n))) for n in sorted(names)}
+        return {
+            name: Group(name, tuple(sorted(epochs.get(name, ()))), retained.get(name), held.get(name, frozenset()))
+            for name in sorted(epochs.keys() | retained.keys())
+        }
 
-    def _retained(self, key: str | None) -> Retained | None:
-        return None if key is None else self._opened(Retained, self._store.get(key), key)
+    def _held(self) -> dict[str, frozenset[int]]:
+        """By group, the points of readers that are not silent, and of epochs until somebody has ended them."""
+        held: dict[str, frozenset[int]] = {}
+        for hold in self.holds():
+            if hold.kind == "epoch" or not hold.is_stale:
+                held[hold.group] = held.get(hold.group, frozenset()).union(hold.points)
+        return held
+
+    def _newest_retained(self, prefix: str) -> dict[str, Retained]:
+        newest: dict[str, str] = {}
+        for info in self._store.list(prefix):
+            if match := _RETAINED.fullmatch(info.key):
+                newest[match["group"]] = max(newest.get(match["group"], ""), info.key)
+        return {name: self._retained(name, key) for name, key in newest.items()}
+
+    def _retained(self, name: str, key: str) -> Retained:
+        """The record of that key, or one that has replaced it since."""
+        for _ in range(POINTS_TRIED):
+            try:
+                return self._opened(Retained, self._store.get(key), key)
+            except MissingObjectError:
+                key = max((info.key for info in self._store.list(retained_prefix(name))), default=key)
+        raise _pruned_too_fast(name)
 
     def _sealed(self, record: Decision | Retained | Hold) -> bytes:
         fields = record.model_dump(mode="json", exclude={"seal"})
@@ -252,9 +313,23 @@ class Decisions:
 
 
 def prune_leftovers(group: Group) -> Iterable[str]:
-    """Keys of decisions and older retention records that the newest retention record has made void."""
+    """Keys of decisions and older retention records that the newest retention record has made void; `group` is one of
+    `groups_to_keep`."""
     if group.retained is None:
         return []
-    gone = [point_key(group.name, e) for e in group.decided if not group.retained.has(e)]
+    wanted = set(group.wanted())
+    gone = [point_key(group.name, epoch) for epoch in group.decided if epoch not in wanted]
     older = [f"{retained_prefix(group.name)}{n:010d}.json" for n in range(1, group.retained.number)]
     return [*gone, *older[-100:]]
+
+
+def _newest_first(group: Group) -> Iterable[int]:
+    return reversed(group.present())
+
+
+def _prefix_of(name: str) -> str:
+    return f"{GROUPS}{name}/"
+
+
+def _pruned_too_fast(name: str) -> RefusedError:
+    return RefusedError(f"the points of group {name!r} are pruned as fast as they are read", "try again")

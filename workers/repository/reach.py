@@ -1,4 +1,5 @@
-"""What of a repository is alive: everything that a recovery point, or the parent of an open epoch, leads to.
+"""What of a repository is alive: everything that a recovery point leads to, or one that is held: by a reader, or as the
+parent of an open epoch.
 
 Bounded by the number of packs (an id each) and not by blocks: pages say which packs a segment's runs are in, and a page
 that many points share is read once.
@@ -28,10 +29,10 @@ class Alive:
 
 
 def live_points(repository: Repository, groups: dict[str, Group]) -> Iterator[Decision]:
-    """All recovery points of all groups; DamageError for a manifest that cannot be read, since nothing may be
-    collected while it is not known what it leads to."""
+    """All recovery points of `groups_to_keep`, and those that are held; DamageError for a manifest that cannot be read,
+    since nothing may be collected while it is not known what it leads to."""
     for group in groups.values():
-        yield from repository.decisions.points(group)
+        yield from repository.decisions.points_to_keep(group)
 
 
 def each_root(repository: Repository, points: Iterator[Decision]) -> Iterator[tuple[Decision, str, Root]]:
