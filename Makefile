@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 READY := $(VENV)/.ready
 SCRIPTS := tests/conftest.py tests/demo tests/bench
-CHEAP := $(wildcard tests/unit tests/contract)
+CHEAP := $(wildcard tests/unit tests/contract tests/models)
 REAL := $(wildcard tests/integration tests/fault)
 
 .DEFAULT_GOAL := help

@@ -10,7 +10,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
-# program -> Debian and Ubuntu package that holds it
+# program -> Debian and Ubuntu package that holds it, and others it wants
 programs=(
     qemu-img:qemu-utils
     qemu-io:qemu-utils
@@ -26,6 +26,8 @@ programs=(
     certtool:gnutls-bin
     ip:iproute2
     nft:nftables
+    spin:spin
+    "gcc:gcc libc6-dev"
 )
 
 say() { printf '%s\n' "$*" >&2; }
