@@ -20,7 +20,7 @@ from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
 from workers.failpoint import pass_point
 from workers.repository import segment_map
 from workers.repository.index import NoIndex, RunIndex
-from workers.repository.layout import BLOCKS_A_SEGMENT, DamageError
+from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError
 from workers.repository.pack import Origin, PackRef, PackWriter
 from workers.repository.reader import PointDisk
 from workers.repository.repository import Repository
@@ -209,12 +209,11 @@ class _Segment:
         self.number = number
         self._end = min(SEGMENT_BYTES, archive.size - number * SEGMENT_BYTES)
         blocks = -(-self._end // BLOCK_BYTES)
-        base, whole = _runs_of(archive.base, number)
+        base, self._is_damaged = _runs_of(archive.base, number)
         before = list(base or ())[:blocks]
         self.before: list[Run | None] = before + [None] * (blocks - len(before))
         self.runs = list(self.before)
-        self._is_damaged = whole
-        if whole:  # its map is damaged: all of the segment is read again, and written anew
+        if self._is_damaged and sum(piece.length for piece in pieces) < self._end:  # all of it is written anew
             pieces = [Extent(number * SEGMENT_BYTES, self._end, Status.DATA)]
         known = base if archive.known is archive.base else _runs_of(archive.known, number)[0]
         self.known = [run if run is not None and run.pack not in archive.shunned else None for run in known or ()]
@@ -254,7 +253,7 @@ class _Segment:
 
 
 def _runs_of(disk: PointDisk | None, segment: int) -> tuple[SegmentMap | None, bool]:
-    """Its runs, and whether the map that should name them is damaged."""
+    """Its runs, and whether the map that should name them is damaged, or the page that should name the map."""
     if disk is None:
         return None, False
     try:
@@ -319,5 +318,17 @@ def _touched(extent: Extent, base: PointDisk | None) -> Iterator[int]:
         return
     yield from range(first, inner_first)
     if base is not None:
-        yield from base.mapped(inner_first, inner_end)
+        yield from _mapped(base, inner_first, inner_end)
     yield from range(inner_end, end)
+
+
+def _mapped(base: PointDisk, first: int, end: int) -> Iterator[int]:
+    """Segments in which there is something, or may be: all those whose page is damaged."""
+    while first < end:
+        stop = min(end, (first // SEGMENTS_A_PAGE + 1) * SEGMENTS_A_PAGE)
+        try:
+            found: Iterable[int] = list(base.mapped(first, stop))
+        except DamageError:
+            found = range(first, stop)
+        yield from found
+        first = stop

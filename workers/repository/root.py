@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -157,6 +157,7 @@ def write_root(
     """Write the root `key`: `base` (of the parent, or empty) with the `changed` maps, sorted by segment, over it.
 
     Bounded memory: a page at a time, beside the directory. The object is visible only when all of it is there.
+    DamageError for a page of `base` that cannot be read, unless all of its segments are among the changed ones.
     """
     name = key.encode()
     seal = keyring.seal(name)
@@ -172,8 +173,7 @@ def write_root(
         write(head)
         at = len(head)
         for number, refs in itertools.groupby(changed, key=lambda ref: ref.segment // SEGMENTS_A_PAGE):
-            old = base.page(number) if number < len(base.pages) else {}
-            page = _overlaid(old, refs)
+            page = _overlaid(base, number, list(refs), size)
             if not page:
                 pages[number] = _NO_PAGE
                 continue
@@ -201,8 +201,15 @@ def check_whole(data: bytes, key: str) -> None:
         raise DamageError("a byte", key, 0, len(data) - _TAIL.size)
 
 
-def _overlaid(old: Page, refs: Iterable[MapRef]) -> Page:
-    page = dict(old)
+def _overlaid(base: Root, number: int, refs: Sequence[MapRef], size: int) -> Page:
+    """A page of `base` with `refs` over it. One that is damaged is only passed over if nothing of it would be left."""
+    try:
+        page = base.page(number) if number < len(base.pages) else {}
+    except DamageError:
+        in_page = min(SEGMENTS_A_PAGE, segments_of(size) - number * SEGMENTS_A_PAGE)
+        if len({ref.segment for ref in refs}) < in_page:
+            raise
+        page = {}
     for ref in refs:
         if ref.is_zero:
             page.pop(ref.segment, None)

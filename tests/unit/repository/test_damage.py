@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
-from coordinator.model.extent import Extent, Status
+from coordinator.model.extent import SEGMENT_BYTES, Extent, Status
 from tests.golden.make_repositories import HERE, KEY, KINDS, POINTS, content
 from tests.repositories import (
     DISK,
@@ -20,13 +21,14 @@ from tests.repositories import (
     publish_epoch,
     publish_members,
     read_point,
+    write_disk,
     write_epoch,
 )
 from workers.access import Access
 from workers.repository.check import check
 from workers.repository.collect import condemn
 from workers.repository.epochs import open_epoch
-from workers.repository.layout import DamageError, pack_key
+from workers.repository.layout import SEGMENTS_A_PAGE, DamageError, pack_key
 from workers.repository.pack import read_contents, read_tail
 from workers.repository.repository import Repository
 
@@ -148,6 +150,82 @@ def break_the_map(repository: Repository, directory: Path) -> None:
     broken = bytearray(path.read_bytes())
     broken[stored.ref.offset + 9] ^= 1
     path.write_bytes(broken)
+
+
+PAGE_BYTES = SEGMENTS_A_PAGE * SEGMENT_BYTES
+
+
+class Large(BytesSource):
+    """A disk of two pages: 4 GiB that begin with a block of data, and `tail`."""
+
+    def __init__(self, head: bytes, tail: bytes) -> None:
+        super().__init__(tail)
+        self.head = head
+        self.size = PAGE_BYTES + len(tail)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset >= PAGE_BYTES:
+            super().read_into(offset - PAGE_BYTES, buffer)
+        else:
+            buffer[:] = self.head[offset : offset + len(buffer)].ljust(len(buffer), b"\0")
+
+    def extents(self) -> Iterable[Extent]:
+        yield Extent(0, len(self.head), Status.DATA)
+        yield Extent(len(self.head), PAGE_BYTES - len(self.head), Status.HOLE)
+        for extent in super().extents():
+            yield Extent(PAGE_BYTES + extent.offset, extent.length, extent.status)
+
+
+def back_up_large(repository: Repository, source: Large, kind: str, extents: Iterable[Extent] | None = None) -> None:
+    epoch = open_epoch(repository, "g", DISK, "job", lambda owner: True)
+    wanted = source.extents() if extents is None else extents
+    publish_epoch(repository, write_disk(repository, epoch, source, source.size, wanted, kind))
+
+
+def large_with_its_last_page_damaged(repository: Repository, directory: Path) -> Large:
+    """The one point of it; its last page covers three segments with something in each, of four."""
+    tail = b"".join(letter * 100_000 + bytes(SEGMENT_BYTES - 100_000) for letter in (b"b", b"c", b"d"))
+    source = Large(b"a" * 65536, tail + bytes(1_000_000))
+    back_up_large(repository, source, "full")
+    break_the_last_page(repository, directory)
+    return source
+
+
+def break_the_last_page(repository: Repository, directory: Path) -> None:
+    """Of the newest point's root: it lies just before the directory."""
+    (member,) = repository.decisions.point("g", 0).members
+    flip(directory / member.root, member.directory_offset - 1)
+
+
+def flip(path: Path, at: int) -> None:
+    broken = bytearray(path.read_bytes())
+    broken[at] ^= 1
+    path.write_bytes(broken)
+
+
+def test_a_damaged_page_is_mended_by_the_next_epoch_that_compares(tmp_path: Path) -> None:
+    """All that it covers is stored anew: also where the disk is a hole now, and where the hole began long before."""
+    with make_repository(tmp_path / "r") as repository:
+        source = large_with_its_last_page_damaged(repository, tmp_path / "r")
+        now = Large(source.head, bytes(2 * SEGMENT_BYTES) + source.data[2 * SEGMENT_BYTES :])
+        back_up_large(repository, now, "compare")
+        disk = repository.disk(repository.decisions.point("g", 0), DISK)
+        found = bytearray(len(now.data))
+        disk.read_into(PAGE_BYTES, memoryview(found))
+        assert found == now.data
+        assert list(disk.mapped(0, SEGMENTS_A_PAGE + 4)) == [0, SEGMENTS_A_PAGE + 2], "page 0 is that of the parent"
+        assert [d.points for d in check(repository).damage if d.message.startswith("a page")] == [("g@1",)]
+
+
+def test_a_damaged_page_of_which_only_a_part_is_written_is_not_taken_for_zeroes(tmp_path: Path) -> None:
+    """As by a bitmap, if the damage comes after it was looked for."""
+    with make_repository(tmp_path / "r") as repository:
+        source = large_with_its_last_page_damaged(repository, tmp_path / "r")
+        changed = [Extent(PAGE_BYTES, 3 * SEGMENT_BYTES, Status.DIRTY)]
+        with pytest.raises(DamageError, match="a page in disks/"):
+            back_up_large(repository, source, "dirty", changed)
+        (root,) = repository.store.list("disks/")
+        assert root.key == repository.decisions.point("g", 1).members[0].root
 
 
 def test_a_missing_pack_is_named_by_check_and_by_a_reader(tmp_path: Path) -> None:
