@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from coordinator.model.point import tracking_bitmap
 from tests.contract.disks import loop_device
 from tests.object_servers import (
     ACCESS_KEY,
@@ -538,6 +540,65 @@ def test_a_bitmap_adds_nothing_to_a_point_that_is_damaged(host: Host, points_of_
     assert points(host, place.uri) == [1, 2]
     host.succeeds("mirror", image, f"{place.uri}?group=g&disk=disk", "--sync", "incremental")
     host.succeeds("verify", "g@4", "-r", place.uri)
+
+
+def tracked(place: Place, content: bytes, bitmap: str) -> Path:
+    """A qcow2 image of these bytes with a bitmap that knows of nothing written yet."""
+    raw, image = place.directory / "tracked.img", place.directory / "tracked.qcow2"
+    raw.write_bytes(content)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image)
+    run("qemu-img", "bitmap", "--add", image, bitmap)
+    return image
+
+
+def bitmap_of_point(place: Place, epoch: int) -> str:
+    return tracking_bitmap(json.loads((place.path / "repository.json").read_text())["id"], "g", epoch)
+
+
+def newest(host: Host, uri: str) -> dict[str, Any]:
+    """The one disk of the group's newest point, as it is told, also if an older one is damaged."""
+    listed = host.flushpoint("points", "g", "-r", uri, "--json")
+    assert listed.returncode in (0, DAMAGED), listed
+    (member,) = json.loads(listed.stdout)[-1]["members"]
+    found: dict[str, Any] = member
+    return found
+
+
+def restored(host: Host, place: Place) -> bytes:
+    back = place.directory / "back.img"
+    host.succeeds("restore", "g", "--to", back, "--overwrite", "-r", place.uri)
+    return back.read_bytes()
+
+
+def flip_in_root(points: Points, part: str) -> None:
+    """A bit of its one page, or of the directory, which lies behind it."""
+    manifest = json.loads((points.place.path / point_key("g", 2)).read_text())
+    root = bytearray(points.root.read_bytes())
+    root[manifest["members"][0]["directory_offset"] + (5 if part == "directory" else -5)] ^= 1
+    points.root.write_bytes(root)
+
+
+@pytest.mark.parametrize(("part", "done"), [("page", "compared"), ("directory", "stored")])
+def test_a_damaged_part_of_the_newest_root_is_mended_by_the_next_incremental_whatever_its_bitmap_says(
+    host: Host, points_of_two: Points, part: str, done: str
+) -> None:
+    place = points_of_two.place
+    image = tracked(place, points_of_two.second, bitmap_of_point(place, 2))
+    flip_in_root(points_of_two, part)
+    said = host.fails(DAMAGED, "verify", "g@2", "-r", place.uri)
+    assert f"{part} in {points_of_two.root.relative_to(place.path)}" in said
+    host.succeeds("mirror", image, f"{place.uri}?group=g&disk=disk", "--sync", "incremental")
+    assert newest(host, place.uri)["reason"] == f"the newest recovery point is damaged, so all of it was {done}"
+    assert restored(host, place) == points_of_two.second
+
+
+def test_a_damaged_page_is_no_ground_for_a_bitmap_alone(host: Host, points_of_two: Points) -> None:
+    place = points_of_two.place
+    image = tracked(place, points_of_two.second, "b0")
+    flip_in_root(points_of_two, "page")
+    said = host.fails(REFUSED, "mirror", image, f"{place.uri}?group=g&disk=disk", "--sync", "dirty", "--bitmap", "b0")
+    assert f"a page in {points_of_two.root.relative_to(place.path)}" in said
+    assert "Copy the disk with --sync incremental" in said
 
 
 # -- where a point is restored to ------------------------------------------------------------------------------------

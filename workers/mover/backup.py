@@ -62,7 +62,7 @@ class Backups:
 
     def open_first(self, job: JobRecord, claim: Claim, source: Source) -> tuple[dict[str, object], str]:
         """Open the job's epoch. What the job's record is to keep, and which bitmap of the source would tell what was
-        written since the parent. Changes nothing but a hold."""
+        written since the parent; if none would, the record says why. Changes nothing but a hold."""
         uri = self._uri(job)
         group, disk = names(job)
         with self._repository_of(job) as repository:
@@ -77,10 +77,10 @@ class Backups:
             try:
                 epoch, lost = _without_lost_parent(repository, epoch, job.spec.sync)
                 comparing, reason = _how(job, epoch, source.size)
+                bitmap, untrusted = _bitmap(job, repository, epoch) if comparing else ("", "")
             except FlushpointError as error:
                 abandon(repository, group, epoch.number, f"job {job.id}: {error.message}")
                 raise
-            bitmap = job.spec.bitmap or _tracking_bitmap(job, repository, epoch)
         member = epoch.parent_member
         facts = {
             "group": group,
@@ -91,7 +91,7 @@ class Backups:
             "on_parent": member is not None
             and member.size == source.size
             and job.spec.sync not in (Sync.FULL, Sync.TOP),
-            "compare_reason": lost or reason,
+            "compare_reason": lost or reason or untrusted,
             "cut_at": time.time(),
         }
         return facts, bitmap
@@ -312,12 +312,13 @@ def names(job: JobRecord) -> tuple[str, str]:
 
 def _without_lost_parent(repository: Repository, epoch: Epoch, sync: Sync) -> tuple[Epoch, str]:
     """(the epoch, why it has no parent): one whose root is damaged or gone would fail every point to come, and so is
-    left out. RefusedError for a bitmap, which says what differs from just that point."""
+    left out. RefusedError for a bitmap, which says what differs from just that point, and so mends no page of it."""
     member = epoch.parent_member
     if member is None:
         return epoch, ""
     try:
-        repository.root(member)
+        load = repository.whole_root if sync is Sync.DIRTY else repository.root
+        load(member)
     except DamageError as error:
         if sync is Sync.DIRTY:
             raise RefusedError(
@@ -349,6 +350,19 @@ def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
     if member.size != size:
         return False, "the disk has changed its size, so all of it was compared"
     return True, ""
+
+
+def _bitmap(job: JobRecord, repository: Repository, epoch: Epoch) -> tuple[str, str]:
+    """(the bitmap of the source that would tell what differs from the parent, or why there is none)"""
+    bitmap = job.spec.bitmap or _tracking_bitmap(job, repository, epoch)
+    member = epoch.parent_member
+    if not bitmap or member is None:
+        return "", "an export does not tell whether its bitmap is recording"
+    try:
+        repository.whole_root(member)
+    except DamageError:  # a bitmap would leave most of what the page covers as it is
+        return "", "the newest recovery point is damaged, so all of it was compared"
+    return bitmap, ""
 
 
 def _tracking_bitmap(job: JobRecord, repository: Repository, epoch: Epoch) -> str:

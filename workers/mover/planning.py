@@ -133,9 +133,7 @@ class Planner:
         self.disks.keep(job, source, self.disks.open_target(job, source.size, create=True))
         facts |= {"disk_size": source.size, "block_size": source.block_size}
         if job.spec.sync is Sync.INCREMENTAL and facts["on_parent"]:
-            facts |= self._try_bitmap(
-                job, source.size, bitmap, "an export does not tell whether its bitmap is recording"
-            )
+            facts |= self._try_bitmap(job, source.size, bitmap, str(facts["compare_reason"]))
         self._record(claim, facts)
         return job.model_copy(update=facts)
 

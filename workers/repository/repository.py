@@ -124,6 +124,13 @@ class Repository:
         except MissingObjectError as error:
             raise DamageError("a root that is missing, wanted", member.root) from error
 
+    def whole_root(self, member: Member) -> Root:
+        """The same, all of whose pages were read: DamageError also if one of them is damaged."""
+        root = self.root(member)
+        for _, reading in self.prefetcher.each(root.page, range(len(root.pages))):
+            reading.result()
+        return root
+
     def disk(self, point: Decision, name: str, span_bytes: int = SPAN_BYTES) -> PointDisk:
         """One disk of a point; `name` may be "" if it has only one. NotFoundError names those it has."""
         if not name and len(point.members) == 1:
