@@ -38,6 +38,9 @@ class RepositoryTask(BaseModel):
     level: int = Field(default=1, ge=1, le=22, description="init: zstd level of what is stored")
     groups: tuple[str, ...] = Field(default=(), description="prune: only these; empty: all")
     retention: Retention = Field(default=Retention(), description="prune: what to keep")
+    forget_damaged: bool = Field(
+        default=False, description="prune: points whose decisions are damaged go, and what only they led to"
+    )
     dry_run: bool = Field(default=False, description="prune: say what would go, and change nothing")
     data: bool = Field(default=False, description="check: read every pack, too")
     new_key: str = Field(default="", max_length=4096, description="rewrap-keys: env:NAME, file:/path or kms:KEY")

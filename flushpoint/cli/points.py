@@ -151,12 +151,17 @@ def prune(
     keep_daily: Annotated[int, typer.Option(min=0)] = 0,
     keep_weekly: Annotated[int, typer.Option(min=0)] = 0,
     keep_monthly: Annotated[int, typer.Option(min=0)] = 0,
+    forget_damaged: Annotated[
+        bool, typer.Option("--forget-damaged", help="Remove points whose own record is damaged, which no backup mends.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Remove the points that no rule keeps (never the newest or one in use), and what only they led to.
 
     What only they led to goes in two steps: it is marked now and removed by a later prune, when nobody can need it.
+    While the record of a point is damaged nothing is removed, for nobody can tell what it leads to; --forget-damaged
+    gives that point up for ever.
     """
     retention = Retention(
         last=keep_last, hourly=keep_hourly, daily=keep_daily, weekly=keep_weekly, monthly=keep_monthly
@@ -164,7 +169,12 @@ def prune(
     if retention.keeps_all:
         raise UsageError("nothing says which points to keep", "give --keep-last N, --keep-daily N or another")
     task = RepositoryTask(
-        kind=TaskKind.PRUNE, repository=repository, groups=(group,), retention=retention, dry_run=dry_run
+        kind=TaskKind.PRUNE,
+        repository=repository,
+        groups=(group,),
+        retention=retention,
+        forget_damaged=forget_damaged,
+        dry_run=dry_run,
     )
     result = run_task(task)
     if as_json:
@@ -174,6 +184,8 @@ def prune(
         print(f"keep   {group}@{epoch}  {why}")
     for epoch in result["removed"].get(group, []):
         print(f"{'would remove' if dry_run else 'remove'} {group}@{epoch}")
+    for epoch in result["forgotten"].get(group, []):
+        print(f"{'would forget' if dry_run else 'forget'} {group}@{epoch}  damaged")
     if not dry_run:
         output.say(
             f"{result['condemned']} objects ({output.size_text(result['condemned_bytes'])}) marked, "

@@ -570,6 +570,42 @@ def restored(host: Host, place: Place) -> bytes:
     return back.read_bytes()
 
 
+def test_a_bitmap_of_the_point_whose_decision_is_damaged_is_not_taken_for_one_of_an_older_point(
+    host: Host, points_of_two: Points
+) -> None:
+    """Nothing was written since g@2, so that nothing would be read, and the copy be that of g@1."""
+    place = points_of_two.place
+    truncated(place.path / point_key("g", 2))
+    image = tracked(place, points_of_two.second, "b0")
+    target = f"{place.uri}?group=g&disk=disk"
+    said = host.fails(REFUSED, "mirror", image, target, "--sync", "dirty", "--bitmap", "b0")
+    assert "the decision about epoch 2 of group 'g' was found damaged" in said
+    assert "Copy the disk with --sync incremental" in said
+    host.succeeds("mirror", image, target, "--sync", "incremental", "--bitmap", "b0")
+    assert newest(host, place.uri)["parent"] == 1
+    assert newest(host, place.uri)["reason"].endswith(
+        "epoch 2 of group 'g' was found damaged, so all of it was compared"
+    )
+    assert restored(host, place) == points_of_two.second
+    host.succeeds("mirror", image, target, "--sync", "incremental", "--bitmap", "b0")
+    assert newest(host, place.uri)["reason"] == "by bitmap 'b0'", "it adds to what was made of the image just now"
+
+
+def test_a_bitmap_that_is_named_for_the_parent_is_read_past_a_damaged_decision(
+    host: Host, points_of_two: Points
+) -> None:
+    place = points_of_two.place
+    truncated(place.path / point_key("g", 2))
+    bitmap = bitmap_of_point(place, 1)
+    image = tracked(place, points_of_two.first, bitmap)
+    (place.directory / "piece").write_bytes(points_of_two.second[MIB : 2 * MIB])
+    run("qemu-io", "-f", "qcow2", "-c", f"write -s {place.directory}/piece 1M 1M", image)
+    host.succeeds("mirror", image, f"{place.uri}?group=g&disk=disk", "--sync", "incremental")
+    told = newest(host, place.uri)
+    assert (told["reason"], told["bytes_read"]) == (f"by bitmap {bitmap!r}", MIB)
+    assert restored(host, place) == points_of_two.second
+
+
 def flip_in_root(points: Points, part: str) -> None:
     """A bit of its one page, or of the directory, which lies behind it."""
     manifest = json.loads((points.place.path / point_key("g", 2)).read_text())
@@ -599,6 +635,31 @@ def test_a_damaged_page_is_no_ground_for_a_bitmap_alone(host: Host, points_of_tw
     said = host.fails(REFUSED, "mirror", image, f"{place.uri}?group=g&disk=disk", "--sync", "dirty", "--bitmap", "b0")
     assert f"a page in {points_of_two.root.relative_to(place.path)}" in said
     assert "Copy the disk with --sync incremental" in said
+
+
+def test_a_damaged_manifest_stops_a_prune_until_that_is_told_to_forget_it(host: Host, points_of_two: Points) -> None:
+    place = points_of_two.place
+    truncated(place.path / point_key("g", 2))
+    before = tree(place.path)
+    prune = ("prune", "g", "-r", place.uri, "--keep-last", "5")
+    for command in (prune, (*prune, "--dry-run")):
+        said = host.fails(DAMAGED, *command)
+        assert (
+            f"the record in {point_key('g', 2)} is damaged. Put back a copy of that object, or give the point up"
+            in said
+        )
+        assert "what only it leads to, by flushpoint prune g --forget-damaged" in said
+    told = host.succeeds(*prune, "--forget-damaged", "--dry-run")
+    assert told == "keep   g@1  newest, last\nwould forget g@2  damaged\n"
+    assert tree(place.path) == before
+    assert "\nforget g@2  damaged\n" in host.succeeds(*prune, "--forget-damaged")
+    assert points(host, place.uri) == [1]
+    host.succeeds("mirror", place.disk, f"{place.uri}?group=g", "--sync", "incremental")
+    assert points(host, place.uri) == [1, 3], "the number of what was forgotten is not given again"
+    assert restored(host, place) == points_of_two.second
+    host.succeeds(*prune)
+    assert orphans(host, place.uri) == 0
+    assert "3 points" in host.succeeds("repository", "check", place.uri, "--data")
 
 
 # -- where a point is restored to ------------------------------------------------------------------------------------

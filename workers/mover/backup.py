@@ -333,6 +333,11 @@ def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
     """(whether contents are compared, why), or an error where the parent that is needed is not there."""
     member = epoch.parent_member
     sync = job.spec.sync
+    if sync is Sync.DIRTY and epoch.may_have_newer_parent:
+        raise RefusedError(
+            f"{_damage(epoch)}, and it may be that point which the bitmap would add to",
+            "copy the disk with --sync incremental, which compares",
+        )
     if sync is Sync.DIRTY and member is None:
         raise NotFoundError(
             f"group {epoch.group!r} has no recovery point of disk {epoch.disk!r} that a bitmap could add to",
@@ -345,6 +350,8 @@ def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
         )
     if sync is not Sync.INCREMENTAL:
         return False, ""
+    if member is None and epoch.missed:
+        return False, f"{_damage(epoch)}, so all of it was stored"
     if member is None:
         return False, "there is no recovery point yet, so all of it was stored"
     if member.size != size:
@@ -352,9 +359,16 @@ def _how(job: JobRecord, epoch: Epoch, size: int) -> tuple[bool, str]:
     return True, ""
 
 
+def _damage(epoch: Epoch) -> str:
+    return f"the decision about epoch {epoch.missed} of group {epoch.group!r} was found damaged"
+
+
 def _bitmap(job: JobRecord, repository: Repository, epoch: Epoch) -> tuple[str, str]:
     """(the bitmap of the source that would tell what differs from the parent, or why there is none)"""
-    bitmap = job.spec.bitmap or _tracking_bitmap(job, repository, epoch)
+    bitmap = job.spec.bitmap
+    if bitmap and epoch.may_have_newer_parent:
+        return "", f"{_damage(epoch)}, so all of it was compared"
+    bitmap = bitmap or _tracking_bitmap(job, repository, epoch)
     member = epoch.parent_member
     if not bitmap or member is None:
         return "", "an export does not tell whether its bitmap is recording"
@@ -366,7 +380,8 @@ def _bitmap(job: JobRecord, repository: Repository, epoch: Epoch) -> tuple[str, 
 
 
 def _tracking_bitmap(job: JobRecord, repository: Repository, epoch: Epoch) -> str:
-    """Looked for unasked, and so only in images, which tell whether it is recording; an export does not."""
+    """Looked for unasked, and so only in images, which tell whether it is recording; an export does not. Its name says
+    which point it adds to, whatever there may be that is newer."""
     source = parse(job.spec.source)
     if epoch.parent is None or source.kind == "nbd":
         return ""

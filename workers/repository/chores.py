@@ -54,8 +54,15 @@ def _run(
         case TaskKind.CHECK:
             return _check(repository, task.data, went_on)
         case TaskKind.PRUNE:
-            names = task.groups or None
-            return asdict(prune(repository, names, task.retention, dry_run=task.dry_run, went_on=went_on))
+            pruned = prune(
+                repository,
+                task.groups or None,
+                task.retention,
+                forget_damaged=task.forget_damaged,
+                dry_run=task.dry_run,
+                went_on=went_on,
+            )
+            return asdict(pruned)
         case TaskKind.COMPACT:
             return asdict(compact(repository, went_on=went_on))
         case TaskKind.NEW_DATA_KEY:

@@ -16,14 +16,16 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coordinator.model.point import Retention, kept
+from coordinator.model.errors import RefusedError
+from coordinator.model.point import Decision, Retention, kept
 from workers.failpoint import pass_point
-from workers.repository.decisions import Group, Hold, prune_leftovers
+from workers.repository.decisions import DamagedDecisionError, Group, Hold, prune_leftovers
 from workers.repository.epochs import abandon
 from workers.repository.layout import COMPACTION, CONDEMNED, DISKS, MOVED, PACKS, DamageError, pack_key
 from workers.repository.locks import extend_locks
@@ -65,6 +67,8 @@ class Pruned:
     """Group -> epoch -> why."""
     removed: dict[str, list[int]] = field(default_factory=dict)
     """Group -> epochs that are points no more."""
+    forgotten: dict[str, list[int]] = field(default_factory=dict)
+    """Group -> epochs whose decisions are damaged, and which are points no more if they ever were."""
     condemned: int = 0
     condemned_bytes: int = 0
     deleted: int = 0
@@ -82,18 +86,22 @@ def prune(
     groups: Iterable[str] | None,
     retention: Retention,
     *,
+    forget_damaged: bool = False,
     dry_run: bool = False,
     went_on: Callable[[], None] = lambda: None,
 ) -> Pruned:
     """Apply the retention to `groups` (None: all of them), then collect. RefusedError if another prune came in between;
-    DamageError if something that is alive cannot be read: then nothing more is removed."""
+    DamageError if something that is alive cannot be read: then nothing more is removed.
+
+    `forget_damaged` takes a decision of `groups` that cannot be read for one that is not alive.
+    """
     report = Pruned()
     decisions = repository.decisions
     if not dry_run:
         report.abandoned = _abandon_stale(repository, decisions.holds())
     for name, group in decisions.groups().items():
         if groups is None or name in groups:
-            _retain(repository, group, retention, report, dry_run)
+            _retain(repository, group, retention, report, forget_damaged=forget_damaged, dry_run=dry_run)
             went_on()
     if dry_run:
         return report
@@ -140,17 +148,33 @@ def forbidden_packs(repository: Repository) -> frozenset[bytes]:
     return condemned | {bytes.fromhex(info.key.removeprefix(MOVED)) for info in repository.store.list(MOVED)}
 
 
-def _retain(repository: Repository, group: Group, retention: Retention, report: Pruned, dry_run: bool) -> None:
-    points = [(point.epoch, point.cut_at) for point in repository.decisions.points(group)]
+def _retain(
+    repository: Repository, group: Group, retention: Retention, report: Pruned, *, forget_damaged: bool, dry_run: bool
+) -> None:
+    points: list[tuple[int, float]] = []
+    damaged: list[int] = []
+    for found in repository.decisions.points_or_damage(group):
+        if isinstance(found, Decision):
+            points.append((found.epoch, found.cut_at))
+        elif forget_damaged:
+            damaged.append(found.epoch)
+        else:
+            raise found
     holds = [hold for hold in repository.decisions.holds() if not hold.is_stale]  # as late as may be
     held = {epoch for hold in holds if hold.group == group.name for epoch in hold.points}
+    if in_use := held.intersection(damaged):
+        raise RefusedError(
+            f"somebody reads {group.name}@{min(in_use)} or builds on it, though its decision is damaged now",
+            "wait until that has ended",
+        )
     keep = kept(points, retention, held)
     report.kept[group.name] = keep
     report.removed[group.name] = [epoch for epoch, _ in points if epoch not in keep]
+    report.forgotten[group.name] = damaged
     present = group.present()
     if dry_run or len(keep) == len(present):
         return
-    repository.decisions.retain(group, sorted(keep))
+    repository.decisions.retain(group, sorted(keep), damaged)
     pass_point("after-retain")
 
 
@@ -161,8 +185,9 @@ def _abandon_stale(repository: Repository, holds: list[Hold]) -> list[str]:
         if not hold.is_stale:
             continue
         if hold.kind == "epoch" and hold.group != COMPACTION:
-            decided = abandon(repository, hold.group, hold.epoch, f"given up: {hold.owner} has fallen silent")
-            abandoned += [] if decided.is_point else [f"{hold.group}@{hold.epoch}"]
+            with suppress(DamagedDecisionError):  # decided, and nobody can tell how
+                decided = abandon(repository, hold.group, hold.epoch, f"given up: {hold.owner} has fallen silent")
+                abandoned += [] if decided.is_point else [f"{hold.group}@{hold.epoch}"]
         repository.decisions.let_go(hold.id)
     return abandoned
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.model.errors import NotFoundError, RefusedError
 from coordinator.model.point import Decision
@@ -45,6 +45,9 @@ class Retained(BaseModel):
     number: int
     floor: int
     keep: tuple[int, ...]
+    forgotten: int = Field(default=0, exclude_if=lambda epoch: epoch == 0)
+    """The newest epoch that was dropped though nobody could read whether it was a point, and of which disks. Not in
+    the record if there is none, and so not in its seal."""
     seal: str = ""
 
     def has(self, epoch: int) -> bool:
@@ -73,6 +76,18 @@ class Hold(BaseModel):
         return time.time() - self.renewed_at > HOLD_TTL_S
 
 
+class DamagedDecisionError(DamageError):
+    """Of an epoch nobody can tell whether it is a point, nor what that leads to."""
+
+    def __init__(self, what: str, group: str, epoch: int) -> None:
+        super().__init__(what, point_key(group, epoch))
+        self.epoch = epoch
+        self.remedy = (
+            "put back a copy of that object, or give the point up, and what only it leads to, by flushpoint prune"
+            f" {group} --forget-damaged"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """What listing tells of a group: epochs that were decided, and what the last prune left."""
@@ -98,6 +113,11 @@ class Group:
     @property
     def newest(self) -> int:
         return max((*self.decided, self.retained.floor if self.retained else 0), default=0)
+
+    @property
+    def forgotten(self) -> int:
+        """See `Retained`."""
+        return self.retained.forgotten if self.retained else 0
 
 
 Record = TypeVar("Record", Decision, Retained, Hold)
@@ -142,17 +162,21 @@ class Decisions:
     def points(self, group: Group) -> Iterator[Decision]:
         """Its recovery points, oldest first, read while they are asked for: few are in memory, however many there are.
 
-        A damaged one raises DamageError; see `read` to go on past it.
+        A damaged one raises DamageError; see `points_or_damage` to go on past it.
         """
+        return _undamaged(self.points_or_damage(group))
+
+    def points_or_damage(self, group: Group) -> Iterator[Decision | DamagedDecisionError]:
+        """The same, and in the place of a damaged one its error."""
         return self._points(group, Group.present, partial(self.group, group.name))
 
-    def newest_points(self, group: Group) -> Iterator[Decision]:
+    def newest_points_or_damage(self, group: Group) -> Iterator[Decision | DamagedDecisionError]:
         """The same, newest first."""
         return self._points(group, _newest_first, partial(self.group, group.name))
 
     def points_to_keep(self, group: Group) -> Iterator[Decision]:
         """As `points`, of one of `groups_to_keep`: with those that are held."""
-        return self._points(group, Group.wanted, partial(self.group_to_keep, group.name))
+        return _undamaged(self._points(group, Group.wanted, partial(self.group_to_keep, group.name)))
 
     def read(self, name: str, epochs: Iterable[int]) -> Iterator[tuple[int, Future[Decision | None]]]:
         """`decision` of each of these epochs of a group, side by side; its errors come out of the future."""
@@ -161,7 +185,7 @@ class Decisions:
     def point(self, name: str, epoch: int) -> Decision:
         """One recovery point, the newest for LATEST; NotFoundError names those there are."""
         look = partial(self.group, name) if epoch == LATEST else partial(self.about, name, epoch)
-        found = next(self._points(look(), _newest_first, look), None)
+        found = next(_undamaged(self._points(look(), _newest_first, look)), None)
         if found is not None:
             return found
         there = ", ".join(str(e) for e in self.group(name).present()[-10:]) or "none"
@@ -172,15 +196,18 @@ class Decisions:
         )
 
     def decision(self, group: str, epoch: int) -> Decision | None:
-        """What was decided, None if nothing was."""
+        """What was decided, None if nothing was. DamagedDecisionError."""
         key = point_key(group, epoch)
         try:
             data = self._store.get(key)
         except MissingObjectError:
             return None
-        decision = self._opened(Decision, data, key)
+        try:
+            decision = self._opened(Decision, data, key)
+        except DamageError as error:
+            raise DamagedDecisionError("the record", group, epoch) from error
         if (decision.group, decision.epoch, decision.repository) != (group, epoch, self._keyring.repository.hex()):
-            raise DamageError("a decision about something else", key)
+            raise DamagedDecisionError("a decision about something else", group, epoch)
         return decision
 
     def decide(self, decision: Decision) -> Decision:
@@ -193,10 +220,12 @@ class Decisions:
             raise DamageError("a decision that vanished", key)
         return there
 
-    def retain(self, group: Group, keep: Sequence[int]) -> Retained:
-        """Make `keep` all that is left of the group up to now. RefusedError if another prune was quicker."""
+    def retain(self, group: Group, keep: Sequence[int], damaged: Iterable[int] = ()) -> Retained:
+        """Make `keep` all that is left of the group up to now; what is damaged is among what goes. RefusedError if
+        another prune was quicker."""
         number = group.retained.number + 1 if group.retained else 1
-        retained = Retained(number=number, floor=group.newest, keep=tuple(sorted(keep)))
+        forgotten = max((group.forgotten, *damaged))
+        retained = Retained(number=number, floor=group.newest, keep=tuple(sorted(keep)), forgotten=forgotten)
         key = f"{retained_prefix(group.name)}{number:010d}.json"
         if not self._store.put_if_absent(key, self._sealed(retained)):
             raise RefusedError(f"another prune of group {group.name!r} came in between", "run it again")
@@ -239,17 +268,17 @@ class Decisions:
 
     def _points(
         self, group: Group, epochs_of: Callable[[Group], Iterable[int]], look_again: Callable[[], Group]
-    ) -> Iterator[Decision]:
+    ) -> Iterator[Decision | DamagedDecisionError]:
         """One that was listed and is gone was pruned meanwhile: what was published in its place has to be seen."""
         told: set[int] = set()
         for _ in range(POINTS_TRIED):
             for epoch, reading in self.read(group.name, [e for e in epochs_of(group) if e not in told]):
-                decision = reading.result()
-                if decision is None:
+                found = _outcome(reading)
+                if found is None:
                     break
                 told.add(epoch)
-                if decision.is_point:
-                    yield decision
+                if isinstance(found, DamagedDecisionError) or found.is_point:
+                    yield found
             else:
                 return
             group = look_again()
@@ -321,6 +350,20 @@ def prune_leftovers(group: Group) -> Iterable[str]:
     gone = [point_key(group.name, epoch) for epoch in group.decided if epoch not in wanted]
     older = [f"{retained_prefix(group.name)}{n:010d}.json" for n in range(1, group.retained.number)]
     return [*gone, *older[-100:]]
+
+
+def _outcome(reading: Future[Decision | None]) -> Decision | DamagedDecisionError | None:
+    try:
+        return reading.result()
+    except DamagedDecisionError as error:
+        return error
+
+
+def _undamaged(found: Iterable[Decision | DamagedDecisionError]) -> Iterator[Decision]:
+    for point in found:
+        if isinstance(point, DamagedDecisionError):
+            raise point
+        yield point
 
 
 def _newest_first(group: Group) -> Iterable[int]:

@@ -12,12 +12,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.model.errors import RefusedError
 from coordinator.model.point import Decision, Member
 from workers.failpoint import pass_point
-from workers.repository.decisions import Group, Hold
+from workers.repository.decisions import DamagedDecisionError, Group, Hold
 from workers.repository.layout import hold_key, root_key
 from workers.repository.pack import PackRef, read_contents
 from workers.repository.repository import Repository
@@ -31,13 +31,22 @@ PARENTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """An open epoch of one group; `parent` is the newest point that holds the disk, if there is one."""
+    """An open epoch of one group; `parent` is the newest point that holds the disk and can be read, if there is one."""
 
     group: str
     number: int
     disk: str
     owner: str
     parent: Decision | None
+    missed: int = 0
+    """The newest epoch of which nobody can tell whether it is a point, because its decision is damaged, or was when a
+    prune forgot it; 0: none."""
+
+    @property
+    def may_have_newer_parent(self) -> bool:
+        """Whether the epoch that was missed may have been the newest point of the disk: what was written since that is
+        not all that differs from `parent`."""
+        return self.missed > (self.parent.epoch if self.parent else 0)
 
     @property
     def hold_id(self) -> str:
@@ -84,13 +93,19 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
     holds = [h for h in decisions.holds() if h.kind == "epoch" and h.group == group]
     for hold in holds:
         if hold.owner == owner and not seen.is_decided(hold.epoch):
-            return reopen(repository, group, hold.epoch, disk, owner, hold.points[0] if hold.points else 0)
+            epoch = reopen(repository, group, hold.epoch, disk, owner, hold.points[0] if hold.points else 0)
+            _, damaged = _newest_with(repository, seen, disk)
+            return _missing(epoch, damaged, decisions.about(group, hold.epoch))
         if not seen.is_decided(hold.epoch) and not hold.is_stale and not is_over(hold.owner):
             raise _busy(repository, hold)
-        abandon(repository, group, hold.epoch, f"given up: {hold.owner} wrote it and has ended or fallen silent")
+        if seen.is_decided(hold.epoch):  # perhaps by what is damaged now
+            decisions.let_go(hold.id)
+        else:
+            abandon(repository, group, hold.epoch, f"given up: {hold.owner} wrote it and has ended or fallen silent")
     number = max([seen.newest, *(h.epoch for h in holds)], default=0) + 1
     for _ in range(PARENTS):
-        epoch = Epoch(group, number, disk, owner, _newest_with(repository, seen, disk))
+        parent, damaged = _newest_with(repository, seen, disk)
+        epoch = Epoch(group, number, disk, owner, parent)
         announced = epoch.hold()
         if not decisions.announce(announced):
             raise RefusedError(f"somebody else has just opened epoch {number} of group {group!r}", "try again")
@@ -103,7 +118,7 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
             decisions.let_go(epoch.hold_id)
             raise RefusedError(f"somebody else has just decided epoch {number} of group {group!r}", "try again")
         if epoch.parent is None or epoch.parent.epoch in now.present():
-            return epoch
+            return _missing(epoch, damaged, now)
         decisions.let_go(epoch.hold_id)  # a prune has removed the parent before the hold was there
         seen = decisions.group(group)
     raise RefusedError(f"the points of group {group!r} are pruned as fast as they are read", "try again")
@@ -164,9 +179,20 @@ def abandon(repository: Repository, group: str, number: int, why: str) -> Decisi
     return decided
 
 
-def _newest_with(repository: Repository, group: Group, disk: str) -> Decision | None:
-    points = repository.decisions.newest_points(group)
-    return next((point for point in points if point.member(disk) is not None), None)
+def _newest_with(repository: Repository, group: Group, disk: str) -> tuple[Decision | None, int]:
+    """The newest point of the disk that can be read, and the newest damaged decision after it (0: none)."""
+    damaged = 0
+    for found in repository.decisions.newest_points_or_damage(group):
+        if isinstance(found, DamagedDecisionError):
+            damaged = max(damaged, found.epoch)
+        elif found.member(disk) is not None:
+            return found, damaged
+    return None, damaged
+
+
+def _missing(epoch: Epoch, damaged: int, now: Group) -> Epoch:
+    """`now` was looked at after `damaged` was: what a prune has forgotten since was listed no more."""
+    return replace(epoch, missed=max(damaged, now.forgotten))
 
 
 def _busy(repository: Repository, hold: Hold) -> RefusedError:

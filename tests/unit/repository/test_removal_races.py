@@ -125,7 +125,7 @@ def test_compaction_counts_what_is_published_while_it_reads_manifests(
         prune(elsewhere, ("z",), LAST)
 
     def moving() -> None:
-        before(monkeypatch, Decisions, "points", meanwhile)
+        before(monkeypatch, Decisions, "points_to_keep", meanwhile)
 
     before(monkeypatch, compact, "_live", lambda: before(monkeypatch, compact, "_live", moving))
     assert compact.compact(repository).moved_packs == 1
