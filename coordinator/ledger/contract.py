@@ -173,9 +173,9 @@ class Ledger(Protocol):
 
     def opened(self, job_id: str, unit_id: str, token: str, facts: Mapping[str, Any]) -> bool:
         """A unit's holder records what it found (disk_size, block_size, max_writers, target_zeroed,
-        source_may_change, source_stamp, source_written, compare_reason, bitmap; of a repository's group, disk, epoch,
-        parent_epoch, on_parent, pass_root, cut_at, published; of a task its result) in the job; wakes the leader.
-        False: stale."""
+        source_may_change, source_stamp, source_written, source_point, compare_reason, bitmap; of a repository's group,
+        disk, epoch, parent_epoch, on_parent, pass_root, cut_at, published; of a task its result) in the job; wakes the
+        leader. False: stale."""
 
     def reserve(self, job_id: str, unit_id: str, token: str, target: str) -> str | None:
         """A unit's holder reserves its job's target, by a name without a line feed, until the job concludes; one

@@ -26,6 +26,7 @@ OPENED_FIELDS = frozenset(
         "source_may_change",
         "compare_reason",
         "bitmap",
+        "source_point",
         "group",
         "disk",
         "epoch",

@@ -180,6 +180,9 @@ class JobRecord(BaseModel):
     """Why content is compared instead of a bitmap being read, where that is so."""
     bitmap: str = ""
     """The bitmap that an incremental job reads instead of comparing all of the disk."""
+    source_point: int = 0
+    """Where the source is a group's newest recovery point: which one that was when the job was planned. All movers read
+    that one, whatever is published meanwhile."""
 
     # Of a job whose target is a repository; see coordinator.model.point.
     group: str = ""

@@ -142,6 +142,7 @@ def job_details(job: JobView) -> str:
         ("id", job.id),
         ("state", outcome_text(job) if job.state is State.CONCLUDED else str(job.state)),
         ("source", job.spec.source),
+        ("point", str(job.source_point) if job.source_point else ""),
         ("target", job.spec.target),
         ("sync", job.spec.sync),
         ("bitmap", job.bitmap or (job.spec.bitmap if job.spec.sync is Sync.DIRTY else "") or ""),

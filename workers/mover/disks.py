@@ -9,7 +9,7 @@ from dataclasses import replace
 from coordinator.ledger.contract import LedgerUnavailableError
 from coordinator.model.errors import DiskIOError, FlushpointError, Next, RefusedError, Side
 from coordinator.model.job import JobRecord, Sync
-from coordinator.model.uri import parse
+from coordinator.model.uri import DiskUri, parse
 from coordinator.settings import Settings
 from workers.access import Access
 from workers.mover.fastpath import FastPath, open_fast_path
@@ -129,7 +129,7 @@ class Disks:
             # A later pass looks for what was written during the one before, of which the bitmap may know nothing.
             bitmap = job.bitmap if job.bitmap and job.pass_number == 1 else None
         sync = Sync.DIRTY if bitmap else spec.sync
-        source = open_source(parse(spec.source), sync, bitmap, self.access, limits)
+        source = open_source(_source_uri(job), sync, bitmap, self.access, limits)
         if source.max_readers == 1:
             self._one_reader.add(job.id)
         return source
@@ -175,3 +175,12 @@ class Disks:
             source.close()
         if target is not None:
             target.close()
+
+
+def _source_uri(job: JobRecord) -> DiskUri:
+    """With the recovery point that was the newest when the job was planned: half of it and half of the next would be
+    a disk that never was."""
+    uri = parse(job.spec.source)
+    if uri.repository is None or not job.source_point:
+        return uri
+    return replace(uri, repository=replace(uri.repository, point=job.source_point))

@@ -22,6 +22,7 @@ from workers.mover.lease import Lease, LeaseLostError
 from workers.mover.pace import Step
 from workers.sources.contract import Source
 from workers.sources.identity import Identity, name_in_fleet
+from workers.sources.repository import RepositorySource
 from workers.targets import Target, existing_target
 
 UNITS_A_BATCH = 16
@@ -96,6 +97,8 @@ class Planner:
         self.disks.close()  # an image of the last job must not stay locked while this one's servers are waited for
         with opening(Side.SOURCE):
             source = self.disks.open_source(job)
+        if isinstance(source, RepositorySource):
+            job = job.model_copy(update={"source_point": source.point})
         if is_repository(job.spec.target):
             return self._open_epoch(job, claim, source)
         try:
@@ -114,6 +117,7 @@ class Planner:
             "disk_size": source.size,
             "block_size": max(source.block_size, target.block_size),
             "target_zeroed": zeroed,
+            "source_point": job.source_point,
         }
         if job.spec.sync is Sync.INCREMENTAL and zeroed:  # made just now, perhaps by an attempt that died
             facts["compare_reason"] = "the target holds no older copy"
@@ -131,7 +135,7 @@ class Planner:
             source.close()
             raise
         self.disks.keep(job, source, self.disks.open_target(job, source.size, create=True))
-        facts |= {"disk_size": source.size, "block_size": source.block_size}
+        facts |= {"disk_size": source.size, "block_size": source.block_size, "source_point": job.source_point}
         if job.spec.sync is Sync.INCREMENTAL and facts["on_parent"]:
             facts |= self._try_bitmap(job, source.size, bitmap, str(facts["compare_reason"]))
         self._record(claim, facts)

@@ -58,6 +58,8 @@ class RepositorySource:
         except BaseException:
             self._leave()
             raise
+        self.point = point.epoch
+        """The one that was named, or that was the newest."""
         self._identity = ("repository", self._repository.id, uri.group, point.epoch, self._disk.name)
         self._renewing = threading.Lock()
         self._closed = False
