@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -376,7 +377,8 @@ def test_of_two_coordinators_the_second_is_refused_by_the_hold_of_the_first(host
     with running_host(place.directory / "second") as second:
         with slow_writer(host, place) as job:
             said = second.fails(REFUSED, "mirror", place.disk, f"{place.uri}?group=g&disk=disk")
-            assert f"job {job} is writing epoch 2 of group 'g' in {place.uri}, last heard of 0 min ago" in said
+            who = f"job {job} on {socket.gethostname()}"
+            assert f"{who} is writing epoch 2 of group 'g' in {place.uri}, last heard of 0 min ago" in said
             assert "Wait for it or cancel it; if it is dead, remove holds/epoch-g-0000000002.json" in said
         assert orphans(second, place.uri) == 0
         second.succeeds("mirror", place.disk, f"{place.uri}?group=g&disk=disk")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from workers.mover.rate import RateLimit
 from workers.repository.archive import DEPTH, Archive, Stopped
 from workers.repository.collect import condemned_packs, forbidden_packs
 from workers.repository.decisions import HOLD_RENEW_S
-from workers.repository.epochs import Epoch, abandon, collect_maps, open_epoch, publish, reopen, write_disk_root
+from workers.repository.epochs import Epoch, abandon, collect_maps, open_epoch, publish, renew, reopen, write_disk_root
 from workers.repository.index import NoIndex, RunIndex, SqliteIndex
 from workers.repository.layout import DamageError, pack_key
 from workers.repository.pack import Origin, PackRef
@@ -73,7 +74,7 @@ class Backups:
                     f"job {owner} is writing group {group!r} in {uri.repository}",
                     "wait until it has concluded, or cancel it",
                 )
-            epoch = open_epoch(repository, group, disk, f"job {job.id}", self._is_over)
+            epoch = open_epoch(repository, group, disk, _owner(job), self._is_over)
             try:
                 epoch, lost = _without_lost_parent(repository, epoch, job.spec.sync)
                 comparing, reason = _how(job, epoch, source.size)
@@ -242,18 +243,13 @@ class Backups:
 
     @staticmethod
     def _epoch(repository: Repository, job: JobRecord) -> Epoch:
-        return reopen(repository, job.group, job.epoch, job.disk, f"job {job.id}", job.parent_epoch)
+        return reopen(repository, job.group, job.epoch, job.disk, _owner(job), job.parent_epoch)
 
     def _renew_hold(self, job: JobRecord) -> None:
         if time.monotonic() - self._renewed_at < HOLD_RENEW_S:
             return
         with self._repository_of(job) as repository:
-            if repository.decisions.about(job.group, job.epoch).is_decided(job.epoch):
-                raise RefusedError(
-                    f"epoch {job.epoch} of group {job.group!r} was given up while this job was silent",
-                    "submit the job again",
-                )
-            repository.decisions.hold(self._epoch(repository, job).hold())
+            renew(repository, self._epoch(repository, job))
         self._renewed_at = time.monotonic()
 
     # -- questions -----------------------------------------------------------------------------------------
@@ -264,15 +260,22 @@ class Backups:
         assert uri is not None
         return uri
 
+    def goes_on(self, owner: str) -> bool:
+        """Whether an epoch's owner is a job of this ledger that has not concluded, though it may be paused."""
+        return self._state_of(owner) not in (None, State.CONCLUDED)
+
     def _is_over(self, owner: str) -> bool:
         """Whether an epoch's owner is a job of this ledger that has concluded; of another's nobody here can tell."""
-        kind, _, job_id = owner.partition(" ")
+        return self._state_of(owner) is State.CONCLUDED
+
+    def _state_of(self, owner: str) -> State | None:
+        kind, job_id, *_ = [*owner.split(" "), ""]
         if kind != "job":
-            return False
+            return None
         try:
-            return self._ledger.job(job_id).job.state is State.CONCLUDED
+            return self._ledger.job(job_id).job.state
         except NotFoundError:
-            return False
+            return None
 
     @staticmethod
     def _check_source(repository: Repository, source: Source) -> None:
@@ -300,6 +303,10 @@ class _Blamed:
             self._source.read_into(offset, buffer)
         except DiskIOError as error:
             raise _SourceError(error) from error
+
+
+def _owner(job: JobRecord) -> str:
+    return f"job {job.id} on {socket.gethostname()}"
 
 
 def names(job: JobRecord) -> tuple[str, str]:

@@ -67,7 +67,7 @@ class Hold(BaseModel):
     """The one that is being written; 0 for a reader."""
     points: tuple[int, ...] = ()
     owner: str
-    """Who: a job, or a command and its host; for people."""
+    """Who: a job or a command, and the host where it was last at work; for people."""
     renewed_at: float
     seal: str = ""
 
@@ -241,6 +241,14 @@ class Decisions:
             except MissingObjectError:
                 continue  # given up between the listing and now
         return found
+
+    def hold_of(self, hold_id: str) -> Hold | None:
+        """One of them, None if nobody has it."""
+        key = hold_key(hold_id)
+        try:
+            return self._opened(Hold, self._store.get(key), key)
+        except MissingObjectError:
+            return None
 
     def hold(self, hold: Hold) -> None:
         """Write or renew a hold."""

@@ -1,7 +1,7 @@
 """Opening an epoch of a group, and deciding it: from the hold that announces it to the manifest or the tombstone.
 
 open      hold written (it pins the parent and names the epoch), then condemned packs are looked up
-write     movers store packs (archive.py)
+write     movers store packs (archive.py), and renew the hold
 publish   root written, then the decision, then the hold let go; done again after a crash it does the same
 abandon   a tombstone, after which nobody can publish the epoch any more
 """
@@ -37,6 +37,7 @@ class Epoch:
     number: int
     disk: str
     owner: str
+    """Who writes it, for people, and from " on " on, where."""
     parent: Decision | None
     missed: int = 0
     """The newest epoch of which nobody can tell whether it is a point, because its decision is damaged, or was when a
@@ -92,7 +93,7 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
     seen = decisions.group(group)
     holds = [h for h in decisions.holds() if h.kind == "epoch" and h.group == group]
     for hold in holds:
-        if hold.owner == owner and not seen.is_decided(hold.epoch):
+        if _are_one(hold.owner, owner) and not seen.is_decided(hold.epoch):
             epoch = reopen(repository, group, hold.epoch, disk, owner, hold.points[0] if hold.points else 0)
             _, damaged = _newest_with(repository, seen, disk)
             return _missing(epoch, damaged, decisions.about(group, hold.epoch))
@@ -145,9 +146,22 @@ def write_disk_root(repository: Repository, epoch: Epoch, base: Root, size: int,
     return write_root(repository.store, repository.keyring, key, base, size, maps)
 
 
+def renew(repository: Repository, epoch: Epoch) -> None:
+    """Say that the epoch is still being written. RefusedError if it was ended meanwhile, or its hold removed."""
+    if repository.decisions.about(epoch.group, epoch.number).is_decided(epoch.number):
+        raise RefusedError(
+            f"epoch {epoch.number} of group {epoch.group!r} was given up while this job was silent",
+            "submit the job again",
+        )
+    _check_hold(repository, epoch)
+    repository.decisions.hold(epoch.hold())
+
+
 def publish(repository: Repository, epoch: Epoch, decision: Decision) -> Decision:
     """Decide the epoch by its manifest. The same job's earlier manifest is as good; RefusedError for anything else."""
     pass_point("between-root-and-manifest")
+    if not repository.decisions.about(epoch.group, epoch.number).is_decided(epoch.number):
+        _check_hold(repository, epoch)
     decided = repository.decisions.decide(decision)
     pass_point("after-manifest")
     if not decided.is_point or decided.job != decision.job:
@@ -193,6 +207,23 @@ def _newest_with(repository: Repository, group: Group, disk: str) -> tuple[Decis
 def _missing(epoch: Epoch, damaged: int, now: Group) -> Epoch:
     """`now` was looked at after `damaged` was: what a prune has forgotten since was listed no more."""
     return replace(epoch, missed=max(damaged, now.forgotten))
+
+
+def _check_hold(repository: Repository, epoch: Epoch) -> None:
+    """Whoever removes something takes an epoch without hold for one that nobody writes any more."""
+    there = repository.decisions.hold_of(epoch.hold_id)
+    if there is None or not _are_one(there.owner, epoch.owner):
+        taken = f"is now {there.owner}'s" if there is not None else "was removed"
+        raise RefusedError(
+            f"the hold of epoch {epoch.number} of group {epoch.group!r} {taken}, so that what this job refers to may be"
+            " gone",
+            "submit the job again",
+        )
+
+
+def _are_one(owner: str, other: str) -> bool:
+    """Wherever they are: a job's units are done on any host."""
+    return owner.partition(" on ")[0] == other.partition(" on ")[0]
 
 
 def _busy(repository: Repository, hold: Hold) -> RefusedError:

@@ -13,6 +13,7 @@ from coordinator.settings import Settings
 from tests.repositories import backup, local_uri, make_repository
 from workers.access import Access
 from workers.mover.backup import Backups
+from workers.repository.epochs import open_epoch
 from workers.repository.layout import point_key
 from workers.repository.repository import Repository
 
@@ -21,6 +22,7 @@ def test_a_point_whose_parent_is_gone_is_refused_and_not_filled_with_zeroes(tmp_
     make_repository(tmp_path / "r").close()
     with Repository.open(local_uri(tmp_path / "r"), Access(["/"], [])) as repository:
         backup(repository, "g", b"x" * 100_000)
+        open_epoch(repository, "g", "disk", "job j on a-host", lambda owner: False)
         repository.store.delete([point_key("g", 1)])
     spec = JobSpec(source="/s", target=f"repo+file://{tmp_path}/r?group=g", sync=Sync.DIRTY, bitmap="b")
     job = JobRecord(

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from coordinator.model.errors import RefusedError
 from coordinator.model.extent import BLOCK_BYTES
 from coordinator.model.point import Decision, Retention
 from tests.repositories import (
+    DISK,
     BytesSource,
     Written,
     backup,
@@ -26,7 +28,7 @@ from workers.repository import collect, compact
 from workers.repository.check import check
 from workers.repository.collect import forbidden_packs, prune, sentences_of
 from workers.repository.decisions import Decisions
-from workers.repository.epochs import open_epoch
+from workers.repository.epochs import open_epoch, renew
 from workers.repository.index import SqliteIndex
 from workers.repository.layout import GROUPS, PACKS, pack_key
 from workers.repository.repository import Repository
@@ -222,3 +224,46 @@ def test_two_prunes_at_once_do_not_stumble_over_each_other(
     monkeypatch.setattr(LocalStore, "list", listing)
     prune(repository, None, LAST)
     assert read_point(repository, "g") == content(3)
+
+
+def test_an_epoch_whose_hold_was_removed_by_hand_publishes_nothing(
+    repository: Repository, elsewhere: Repository
+) -> None:
+    """As the refusal of a second writer advises, if the first is dead. It was only asleep, and what it refers to may be
+    gone: whoever removes something waits for no epoch without a hold."""
+    publish_epoch(repository, indexed(repository, "g", content(1)))
+    written = indexed(repository, "h", content(1))
+    backup(elsewhere, "g", content(2))
+    prune(elsewhere, None, LAST)
+    elsewhere.decisions.let_go(written.epoch.hold_id)
+    prune_thrice(elsewhere)
+    with pytest.raises(RefusedError, match="the hold of epoch 1 of group 'h' was removed"):
+        renew(repository, written.epoch)
+    with pytest.raises(RefusedError, match="the hold of epoch 1 of group 'h' was removed"):
+        publish_epoch(repository, written)
+    assert check(repository, data=True).damage == []
+    assert repository.decisions.group("h").present() == []
+
+
+def test_who_wakes_when_another_writes_its_epoch_leaves_the_others_hold_alone(
+    repository: Repository, elsewhere: Repository
+) -> None:
+    asleep = open_epoch(repository, "g", DISK, "job 1 on here", lambda owner: False)
+    elsewhere.decisions.let_go(asleep.hold_id)
+    awake = open_epoch(elsewhere, "g", DISK, "job 2 on there", lambda owner: False)
+    assert awake.number == asleep.number
+    with pytest.raises(RefusedError, match="is now job 2 on there's"):
+        renew(repository, asleep)
+    renew(elsewhere, awake)
+    assert [hold.owner for hold in repository.decisions.holds()] == ["job 2 on there"]
+
+
+def test_a_job_goes_on_with_its_epoch_on_another_host_and_a_second_one_is_told_where_it_is(
+    repository: Repository,
+) -> None:
+    first = open_epoch(repository, "g", DISK, "job 1 on here", lambda owner: False)
+    again = open_epoch(repository, "g", DISK, "job 1 on there", lambda owner: False)
+    assert (again.number, again.hold_id) == (first.number, first.hold_id)
+    renew(repository, again)
+    with pytest.raises(RefusedError, match="job 1 on there is writing epoch 1 of group 'g'"):
+        open_epoch(repository, "g", DISK, "job 12 on there", lambda owner: False)
