@@ -331,7 +331,7 @@ class Mover:
     def _do_chore(self, task: RepositoryTask, job_id: str, lease: Lease) -> dict[str, Any]:
         access = self._disks.access
         try:
-            result = chores.run(task, job_id, access, lease.assert_held)
+            result = chores.run(task, job_id, access, lease.assert_held, self._backups.goes_on)
         except FlushpointError:
             with contextlib.suppress(FlushpointError):  # the first error is to be told
                 points.learn_of(task, self._ledger, access, None)

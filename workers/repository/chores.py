@@ -38,17 +38,29 @@ class FoundDamageError(DamageError):
         self.result = {"repository": repository} | asdict(report)
 
 
-def run(task: RepositoryTask, job_id: str, access: Access, went_on: WentOn) -> dict[str, Any]:
-    """Do a task. `went_on` is called now and then and may raise to break off; errors are those of the repository."""
+def run(
+    task: RepositoryTask,
+    job_id: str,
+    access: Access,
+    went_on: WentOn,
+    goes_on: Callable[[str], bool] = lambda owner: False,
+) -> dict[str, Any]:
+    """Do a task. `went_on` is called now and then and may raise to break off; errors are those of the repository. For
+    `goes_on` see `prune`."""
     uri = parse_repository(task.repository).repository
     if task.kind is TaskKind.INIT:
         return _init(uri, access, task.level, job_id)
     with Repository.open(uri, access) as repository:
-        return {"repository": repository.id} | _run(task, repository, uri, access, went_on)
+        return {"repository": repository.id} | _run(task, repository, uri, access, went_on, goes_on)
 
 
 def _run(
-    task: RepositoryTask, repository: Repository, uri: RepositoryUri, access: Access, went_on: WentOn
+    task: RepositoryTask,
+    repository: Repository,
+    uri: RepositoryUri,
+    access: Access,
+    went_on: WentOn,
+    goes_on: Callable[[str], bool],
 ) -> dict[str, Any]:
     match task.kind:
         case TaskKind.CHECK:
@@ -61,6 +73,7 @@ def _run(
                 forget_damaged=task.forget_damaged,
                 dry_run=task.dry_run,
                 went_on=went_on,
+                goes_on=goes_on,
             )
             return asdict(pruned)
         case TaskKind.COMPACT:

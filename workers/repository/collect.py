@@ -89,16 +89,18 @@ def prune(
     forget_damaged: bool = False,
     dry_run: bool = False,
     went_on: Callable[[], None] = lambda: None,
+    goes_on: Callable[[str], bool] = lambda owner: False,
 ) -> Pruned:
     """Apply the retention to `groups` (None: all of them), then collect. RefusedError if another prune came in between;
     DamageError if something that is alive cannot be read: then nothing more is removed.
 
     `forget_damaged` takes a decision of `groups` that cannot be read for one that is not alive.
+    `goes_on` says of the owner of a silent hold whether it is known to go on some day, as a paused job may.
     """
     report = Pruned()
     decisions = repository.decisions
     if not dry_run:
-        report.abandoned = _abandon_stale(repository, decisions.holds())
+        report.abandoned = _abandon_stale(repository, decisions.holds(), goes_on)
     for name, group in decisions.groups().items():
         if groups is None or name in groups:
             _retain(repository, group, retention, report, forget_damaged=forget_damaged, dry_run=dry_run)
@@ -178,11 +180,17 @@ def _retain(
     pass_point("after-retain")
 
 
-def _abandon_stale(repository: Repository, holds: list[Hold]) -> list[str]:
-    """Epochs that nobody has been heard of for long are ended; the holds of readers are just dropped."""
+def _abandon_stale(repository: Repository, holds: list[Hold], goes_on: Callable[[str], bool]) -> list[str]:
+    """Epochs that nobody has been heard of for long are ended, or their holds renewed where somebody goes on; the holds
+    of readers are just dropped."""
+    decisions = repository.decisions
     abandoned = []
     for hold in holds:
         if not hold.is_stale:
+            continue
+        is_decided = decisions.about(hold.group, hold.epoch).is_decided(hold.epoch)
+        if hold.kind == "epoch" and not is_decided and goes_on(hold.owner):
+            decisions.hold(hold.model_copy(update={"renewed_at": time.time()}))
             continue
         if hold.kind == "epoch" and hold.group != COMPACTION:
             with suppress(DamagedDecisionError):  # decided, and nobody can tell how
