@@ -129,7 +129,7 @@ def parse_repository(text: str) -> RepositoryUri:
         )
     group, disk = query.pop("group", ""), query.pop("disk", "")
     for what, name in (("group", group), *(("disk", part) for part in disk.split("/") if disk)):
-        if name and not _NAME.fullmatch(name):
+        if name and not is_name(name):
             raise UsageError(f"{name!r} is no name of a {what}", "letters, digits, dots, hyphens and underscores")
     if disk.count("/") > 1:
         raise UsageError(f"{disk!r} is no name of a disk", "write DISK or VM/DISK")
@@ -153,6 +153,11 @@ def parse_repository(text: str) -> RepositoryUri:
     if not path.strip("/"):
         raise UsageError("the directory of the repository is missing", _EXAMPLE)
     return RepositoryUri("file", path=path.rstrip("/"), key=key, group=group, disk=disk, point=point)
+
+
+def is_name(text: str) -> bool:
+    """Whether a group, or a part of a disk's name, can be called so."""
+    return _NAME.fullmatch(text) is not None
 
 
 def is_key_reference(text: str) -> bool:

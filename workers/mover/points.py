@@ -7,20 +7,17 @@ tombstones), and forgets those that the listing does not show any more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 from coordinator.ledger.contract import Ledger
 from coordinator.model.point import Decision, PointRecord
-from coordinator.model.repository_uri import parse_repository
+from coordinator.model.repository_uri import is_name, parse_repository
 from coordinator.model.task import RepositoryTask, TaskKind
 from workers.access import Access
 from workers.repository.layout import DamageError
 from workers.repository.repository import Repository
 
-READS = 8
-"""Manifests that are read at a time: each is a request of its own."""
 RECORDED_AT_ONCE = 64
 
 
@@ -31,27 +28,30 @@ def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable
     """
     uri = parse_repository(task.repository).repository
     mark = ledger.points_mark()
-    with Repository.open(uri, access) as repository, ThreadPoolExecutor(READS) as threads:
-        listed = repository.decisions.groups()
+    with Repository.open(uri, access) as repository:
+        decisions = repository.decisions
+        named = [name for name in task.groups if is_name(name)]
+        listed = {name: decisions.group(name) for name in named} if task.groups else decisions.groups()
         told: dict[str, list[int]] = {}
         damaged: dict[str, dict[int, str]] = {}
 
-        def read(name: str, epoch: int) -> PointRecord | None:
-            try:
-                decision = repository.decisions.decision(name, epoch)
-            except DamageError as error:
-                damaged.setdefault(name, {})[epoch] = error.message
-                return None
-            return decision.record() if decision is not None and decision.is_point else None
+        def read(name: str, epochs: list[int]) -> Iterator[PointRecord]:
+            for epoch, reading in decisions.read(name, epochs):
+                went_on()
+                try:
+                    decision = reading.result()
+                except DamageError as error:
+                    damaged.setdefault(name, {})[epoch] = error.message
+                    continue
+                if decision is not None and decision.is_point:
+                    yield decision.record()
 
         for name in task.groups or sorted({*listed, *ledger.point_groups(repository.id)}):
             present = listed[name].present() if name in listed else []
             known = set(ledger.point_epochs(repository.id, name))
-            unknown = iter([epoch for epoch in present if epoch not in known])
             found = [epoch for epoch in present if epoch in known]
-            for epochs in _batches(unknown):
-                went_on()
-                new = [p for p in threads.map(read, [name] * len(epochs), epochs) if p is not None]
+            unknown = read(name, [epoch for epoch in present if epoch not in known])
+            while new := list(islice(unknown, RECORDED_AT_ONCE)):
                 ledger.record_points(repository.id, str(uri), new, mark)
                 found += [point.epoch for point in new]
             ledger.retain_points(repository.id, name, present, mark)
@@ -77,8 +77,3 @@ def learn_of(task: RepositoryTask, ledger: Ledger, access: Access, result: Mappi
     elif task.kind is TaskKind.PRUNE and not task.dry_run:
         # By what is there now: an earlier attempt may have removed points, and died before it could say so.
         scan(task, ledger, access, lambda: None)
-
-
-def _batches(epochs: Iterator[int]) -> Iterator[list[int]]:
-    while batch := list(islice(epochs, RECORDED_AT_ONCE)):
-        yield batch

@@ -22,7 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coordinator.model.errors import RefusedError
+from coordinator.model.errors import NotFoundError, RefusedError
 from coordinator.model.point import Decision, Retention, kept
 from workers.failpoint import pass_point
 from workers.repository.decisions import DamagedDecisionError, Group, Hold, prune_leftovers
@@ -38,6 +38,7 @@ OpenEpochs = tuple[tuple[str, int], ...]
 """(group, number) of epochs and compactions that have a hold."""
 STALE_UPLOAD_S = 24 * 3600.0
 """Parts of an upload that nobody finished in a day."""
+_NAMES_TOLD = 20
 _A_SENTENCE = 50_000
 """Objects in one record of condemned ones."""
 
@@ -91,18 +92,26 @@ def prune(
     went_on: Callable[[], None] = lambda: None,
     goes_on: Callable[[str], bool] = lambda owner: False,
 ) -> Pruned:
-    """Apply the retention to `groups` (None: all of them), then collect. RefusedError if another prune came in between;
-    DamageError if something that is alive cannot be read: then nothing more is removed.
+    """Apply the retention to `groups` (None: all of them), then collect. NotFoundError, before anything is done, for a
+    group that there is not; RefusedError if another prune came in between; DamageError if something that is alive
+    cannot be read: then nothing more is removed.
 
     `forget_damaged` takes a decision of `groups` that cannot be read for one that is not alive.
     `goes_on` says of the owner of a silent hold whether it is known to go on some day, as a paused job may.
     """
     report = Pruned()
     decisions = repository.decisions
+    there = decisions.groups()
+    wanted = there.keys() if groups is None else set(groups)
+    if unknown := sorted(wanted - there.keys()):
+        names = ", ".join(sorted(there)[:_NAMES_TOLD]) or "none"
+        raise NotFoundError(f"there is no group {unknown[0]!r} in {repository.store.name}", f"it has: {names}")
     if not dry_run:
         report.abandoned = _abandon_stale(repository, decisions.holds(), goes_on)
-    for name, group in decisions.groups().items():
-        if groups is None or name in groups:
+    if report.abandoned:
+        there = decisions.groups()
+    for name, group in there.items():
+        if name in wanted:
             _retain(repository, group, retention, report, forget_damaged=forget_damaged, dry_run=dry_run)
             went_on()
     if dry_run:
@@ -188,11 +197,11 @@ def _abandon_stale(repository: Repository, holds: list[Hold], goes_on: Callable[
     for hold in holds:
         if not hold.is_stale:
             continue
-        is_decided = decisions.about(hold.group, hold.epoch).is_decided(hold.epoch)
-        if hold.kind == "epoch" and not is_decided and goes_on(hold.owner):
-            decisions.hold(hold.model_copy(update={"renewed_at": time.time()}))
-            continue
         if hold.kind == "epoch" and hold.group != COMPACTION:
+            is_decided = decisions.about(hold.group, hold.epoch).is_decided(hold.epoch)
+            if not is_decided and goes_on(hold.owner):
+                decisions.hold(hold.model_copy(update={"renewed_at": time.time()}))
+                continue
             with suppress(DamagedDecisionError):  # decided, and nobody can tell how
                 decided = abandon(repository, hold.group, hold.epoch, f"given up: {hold.owner} has fallen silent")
                 abandoned += [] if decided.is_point else [f"{hold.group}@{hold.epoch}"]

@@ -70,10 +70,10 @@ def _wanted(repository: Repository, groups: dict[str, Group]) -> Iterator[str]:
     pages: set[PageRef] = set()
     moved = moved_packs(repository)
     for group in groups.values():
-        for epoch in group.present():
+        for epoch, reading in repository.decisions.read(group.name, group.present()):
             yield point_key(group.name, epoch)
             try:
-                decision = repository.decisions.decision(group.name, epoch)
+                decision = reading.result()
             except DamageError:
                 continue
             for member in decision.members if decision is not None else ():

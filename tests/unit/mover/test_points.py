@@ -15,8 +15,9 @@ from tests.repositories import backup, local_uri, make_repository
 from workers.access import Access
 from workers.mover import points
 from workers.repository import chores
+from workers.repository.collect import prune
 from workers.repository.decisions import Decisions
-from workers.repository.layout import point_key
+from workers.repository.layout import point_key, retained_prefix
 from workers.repository.repository import Repository
 
 ACCESS = Access(["/"], ["*"])
@@ -136,3 +137,14 @@ def test_a_published_point_is_remembered_and_told_once(repository: Repository, l
         points.published(ledger, f"{repository.store.name}?group=shop", decision, ledger.points_mark())
     assert ledger.points(repository.id, "shop") == [decision.record()]
     assert [event["event"] for event in ledger.events()] == ["RECOVERY_POINT"]
+
+
+def test_a_scan_of_one_group_looks_at_no_other(repository: Repository, ledger: MemoryLedger) -> None:
+    """Whatever is damaged there, this one can be listed and restored."""
+    for group in ("shop", "other"):
+        backup(repository, group, DATA)
+        backup(repository, group, DATA[1:])
+    prune(repository, None, Retention(last=1))
+    repository.store.put(f"{retained_prefix('other')}0000000001.json", b"rot")
+    assert scan(repository, ledger, "shop")["groups"] == {"shop": [2]}
+    assert scan(repository, ledger, "none", "no name", "..", "")["groups"] == {}

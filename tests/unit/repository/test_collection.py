@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.model.errors import RefusedError
+from coordinator.model.errors import NotFoundError, RefusedError
 from coordinator.model.extent import BLOCK_BYTES
 from coordinator.model.point import Retention
 from tests.repositories import BytesSource, backup, make_repository, publish_epoch, read_point, write_epoch
@@ -204,3 +204,13 @@ def test_compaction_moves_no_damage(tmp_path: Path) -> None:
         assert compact(repository, live_share=1.1).moved_packs == 0
         assert any(pack.key in damage.message for damage in check(repository, data=True).damage)
         assert [s.keys for _, s in sentences_of(repository)] == [(pack.key,)], "nobody is to refer to it any more"
+
+
+def test_a_prune_of_a_group_that_there_is_not_is_no_success(tmp_path: Path) -> None:
+    """Who has mistyped its name would believe that its points are pruned."""
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "shop", b"x" * 1000)
+        for dry_run in (False, True):
+            with pytest.raises(NotFoundError, match="there is no group 'shpo'") as caught:
+                prune(repository, ("shop", "shpo"), Retention(last=1), dry_run=dry_run)
+            assert caught.value.remedy == "it has: shop"
