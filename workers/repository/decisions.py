@@ -234,13 +234,15 @@ class Decisions:
     # -- holds ---------------------------------------------------------------------------------------------
 
     def holds(self) -> list[Hold]:
-        found = []
-        for info in self._store.list(HOLDS):
-            try:
-                found.append(self._opened(Hold, self._store.get(info.key), info.key))
-            except MissingObjectError:
-                continue  # given up between the listing and now
-        return found
+        """DamageError for one that cannot be read, with what to do: nobody knows what it keeps."""
+        found = (self.hold_of(_hold_id(info.key)) for info in self._store.list(HOLDS))
+        return [hold for hold in found if hold is not None]  # without those given up between the listing and now
+
+    def holds_of_epochs(self, group: str) -> list[Hold]:
+        """Those of one group's epochs: no other is looked at, whatever is damaged."""
+        ids = [_hold_id(info.key) for info in self._store.list(f"{HOLDS}epoch-{group}-")]
+        found = (self.hold_of(one) for one in ids if one.rpartition("-")[0] == f"epoch-{group}")
+        return [hold for hold in found if hold is not None]
 
     def hold_of(self, hold_id: str) -> Hold | None:
         """One of them, None if nobody has it."""
@@ -249,6 +251,10 @@ class Decisions:
             return self._opened(Hold, self._store.get(key), key)
         except MissingObjectError:
             return None
+        except DamageError as error:
+            minutes = 2 * HOLD_RENEW_S / 60
+            error.remedy = f"whoever is at work writes it anew within {minutes:.0f} minutes; if it stays, remove it"
+            raise
 
     def hold(self, hold: Hold) -> None:
         """Write or renew a hold."""
@@ -372,6 +378,10 @@ def _undamaged(found: Iterable[Decision | DamagedDecisionError]) -> Iterator[Dec
         if isinstance(point, DamagedDecisionError):
             raise point
         yield point
+
+
+def _hold_id(key: str) -> str:
+    return key.removeprefix(HOLDS).removesuffix(".json")
 
 
 def _newest_first(group: Group) -> Iterable[int]:

@@ -18,7 +18,7 @@ from coordinator.model.errors import RefusedError
 from coordinator.model.point import Decision, Member
 from workers.failpoint import pass_point
 from workers.repository.decisions import DamagedDecisionError, Group, Hold
-from workers.repository.layout import hold_key, root_key
+from workers.repository.layout import DamageError, hold_key, root_key
 from workers.repository.pack import PackRef, read_contents
 from workers.repository.repository import Repository
 from workers.repository.root import Root, RootRef, write_root
@@ -91,7 +91,7 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
     """
     decisions = repository.decisions
     seen = decisions.group(group)
-    holds = [h for h in decisions.holds() if h.kind == "epoch" and h.group == group]
+    holds = decisions.holds_of_epochs(group)
     for hold in holds:
         if _are_one(hold.owner, owner) and not seen.is_decided(hold.epoch):
             epoch = reopen(repository, group, hold.epoch, disk, owner, hold.points[0] if hold.points else 0)
@@ -110,7 +110,7 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
         announced = epoch.hold()
         if not decisions.announce(announced):
             raise RefusedError(f"somebody else has just opened epoch {number} of group {group!r}", "try again")
-        first = min((h.epoch for h in decisions.holds() if h.kind == "epoch" and h.group == group), default=number)
+        first = min((h.epoch for h in decisions.holds_of_epochs(group)), default=number)
         if first < number:
             decisions.let_go(epoch.hold_id)
             raise RefusedError(f"somebody else has just opened epoch {first} of group {group!r}", "try again")
@@ -211,7 +211,10 @@ def _missing(epoch: Epoch, damaged: int, now: Group) -> Epoch:
 
 def _check_hold(repository: Repository, epoch: Epoch) -> None:
     """Whoever removes something takes an epoch without hold for one that nobody writes any more."""
-    there = repository.decisions.hold_of(epoch.hold_id)
+    try:
+        there = repository.decisions.hold_of(epoch.hold_id)
+    except DamageError:
+        return  # it is there, and will be written anew
     if there is None or not _are_one(there.owner, epoch.owner):
         taken = f"is now {there.owner}'s" if there is not None else "was removed"
         raise RefusedError(

@@ -11,6 +11,7 @@ import pytest
 
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
 from coordinator.model.extent import SEGMENT_BYTES, Extent, Status
+from coordinator.model.point import Retention
 from tests.golden.make_repositories import HERE, KEY, KINDS, POINTS, content
 from tests.repositories import (
     DISK,
@@ -26,9 +27,9 @@ from tests.repositories import (
 )
 from workers.access import Access
 from workers.repository.check import check
-from workers.repository.collect import condemn
-from workers.repository.epochs import open_epoch
-from workers.repository.layout import SEGMENTS_A_PAGE, DamageError, pack_key
+from workers.repository.collect import condemn, prune
+from workers.repository.epochs import open_epoch, renew
+from workers.repository.layout import SEGMENTS_A_PAGE, DamageError, hold_key, pack_key
 from workers.repository.pack import read_contents, read_tail
 from workers.repository.repository import Repository
 
@@ -343,3 +344,21 @@ def test_equal_blocks_are_stored_once(tmp_path: Path) -> None:
         backup(repository, "g", b"x" * 1_000_000)
         assert sum(info.size for info in repository.store.list("packs/")) - before < 1000
         assert pack_key(b"\0" * 16) not in [info.key for info in repository.store.list("packs/")]
+
+
+def test_a_damaged_hold_keeps_no_other_group_from_being_written_and_says_how_to_get_rid_of_it(tmp_path: Path) -> None:
+    """A check does not look at holds, and no backup would write it anew: only its owner, if there still is one."""
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 1000)
+        repository.decisions.hold_point("g", 1, "read-1", "a reader")
+        epoch = open_epoch(repository, "g-1", DISK, "job 1", lambda owner: False)
+        for hold in ("read-1", epoch.hold_id):
+            path = tmp_path / "r" / hold_key(hold)
+            path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+        with pytest.raises(DamageError, match="the record in holds/") as caught:
+            prune(repository, None, Retention(last=1))
+        assert caught.value.remedy == "whoever is at work writes it anew within 10 minutes; if it stays, remove it"
+        assert backup(repository, "g", b"y" * 1000).epoch == 2
+        renew(repository, epoch)
+        repository.decisions.let_go("read-1")
+        prune(repository, None, Retention(last=1))
