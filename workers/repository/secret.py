@@ -155,9 +155,9 @@ def _ask(
     uri: RepositoryUri, kms_key: str, permission: str, access: Access, request: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any]:
     """With the profile of the URI, and in the key's region or the URI's."""
-    import boto3.session  # type: ignore[import-untyped]  # takes its time, and few need it
-    from botocore.config import Config  # type: ignore[import-untyped]
-    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+    import boto3.session  # takes its time, and few need it
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
 
     config = Config(connect_timeout=_KMS_TIMEOUT_S, read_timeout=_KMS_TIMEOUT_S, retries={"mode": "standard"})
     try:

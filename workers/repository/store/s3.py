@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+from botocore.exceptions import ClientError
 
 from coordinator.model.repository_uri import RepositoryUri
 from workers.repository.store.contract import (
