@@ -26,7 +26,7 @@ from botocore.utils import parse_timestamp
 
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
 from coordinator.model.repository_uri import RepositoryUri
-from workers.repository.store.contract import MissingObjectError, check_key
+from workers.repository.store.contract import MissingObjectError, StoreError, check_key
 from workers.repository.store.retry import Effort, Pace, Retrier
 from workers.repository.store.s3_errors import Explainer
 
@@ -126,9 +126,20 @@ class S3Requests:
         except MissingObjectError:
             self._check_bucket()
             return None
+        except (RefusedError, StoreError):
+            self._ask_why(where, key)
+            raise
 
     def close(self) -> None:
         self._client.close()
+
+    def _ask_why(self, where: dict[str, Any], key: str) -> None:
+        """RefusedError, if GET is refused too: its answer has a body, which tells clocks from keys and rights."""
+        try:
+            self.send(lambda s3: s3.get_object(Range="bytes=0-0", **where), key)["Body"].close()
+        except FlushpointError as error:
+            if isinstance(error, RefusedError) and not isinstance(error, MissingObjectError):
+                raise
 
     def _check_bucket(self) -> None:
         """Once: the answer to HEAD has no body, so that a missing bucket looks like a missing object."""

@@ -82,6 +82,32 @@ def test_a_head_that_is_denied_is_explained_without_a_body(s3: ScriptedS3, store
         store.size("k")
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "RequestTimeTooSkewed", "clocks"),
+        (403, "SignatureDoesNotMatch", "does not accept the worker's signature"),
+        (400, "ExpiredToken", "session for .* has expired"),
+        (403, "AccessDenied", "denies the worker GetObject of k"),
+    ],
+)
+def test_why_a_head_is_refused_is_asked_by_a_request_whose_answer_has_a_body(
+    s3: ScriptedS3, store: S3Store, status: int, code: str, said: str
+) -> None:
+    heads = ["HEAD /k"] if status == 403 else ["HEAD /k", "HEAD "]  # botocore takes 400 for a bucket elsewhere
+    s3.will_answer(*[Answer(status)] * len(heads), error(status, code))
+    with pytest.raises(RefusedError, match=said):
+        store.size("k")
+    assert s3.asked() == [*heads, "GET /k"]
+
+
+@pytest.mark.parametrize("answer", [error(404, "NoSuchKey"), error(416, "InvalidRange"), Answer(206, body=b"x")])
+def test_a_refused_head_stays_so_whatever_else_is_said_then(s3: ScriptedS3, store: S3Store, answer: Answer) -> None:
+    s3.will_answer(Answer(403), answer)
+    with pytest.raises(RefusedError, match="denies the worker HeadObject of k"):
+        store.size("k")
+
+
 def test_the_bucket_is_looked_for_once_when_an_object_is_missing(s3: ScriptedS3, store: S3Store) -> None:
     s3.will_answer(Answer(404), Answer(200), Answer(404))
     assert store.size("k") is None
