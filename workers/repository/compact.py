@@ -209,6 +209,8 @@ class _Mover:
                 raise DamageError("a map", pack_key(pack), offset, ref.length)
             new = self._room(ref.length).add_map(disk, ref.segment, plain, ref.packs)
             places[offset] = (new.pack, new.offset)
+        if not places.keys() >= set(live.runs):  # in a plain repository nothing else tells of a rotten footer
+            raise DamageError("the footer, which lists too little,", pack_key(pack))
         self._places[pack] = places
 
     def finish(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from workers.repository.check import check
 from workers.repository.collect import forbidden_packs, prune, sentences_of
 from workers.repository.compact import compact
 from workers.repository.index import SqliteIndex
+from workers.repository.keyring import Keyring
 from workers.repository.layout import pack_key
+from workers.repository.pack import Contents, PackRef, read_contents
 from workers.repository.repository import Repository
+from workers.repository.store.contract import ObjectStore
 
 LAST = Retention(last=1)
 
@@ -214,3 +218,24 @@ def test_a_prune_of_a_group_that_there_is_not_is_no_success(tmp_path: Path) -> N
             with pytest.raises(NotFoundError, match="there is no group 'shpo'") as caught:
                 prune(repository, ("shop", "shpo"), Retention(last=1), dry_run=dry_run)
             assert caught.value.remedy == "it has: shop"
+
+
+def test_a_footer_that_is_silent_about_a_run_does_not_cost_it(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only compaction reads the runs of a footer: a flipped bit in it is felt by nobody before."""
+    backup(repository, "g", content(1))
+    kept = content(1)[: 2 * BLOCK_BYTES] + content(2)[2 * BLOCK_BYTES :]
+    backup(repository, "g", kept, "compare")
+    prune(repository, None, LAST)
+
+    def rotten(store: ObjectStore, keyring: Keyring, ref: PackRef) -> Contents:
+        whole = read_contents(store, keyring, ref)
+        first, *others = whole.runs
+        return replace(whole, runs=(replace(first, offset=first.offset ^ 1), *others))
+
+    monkeypatch.setattr("workers.repository.compact.read_contents", rotten)
+    assert compact(repository).moved_packs == 0
+    for _ in range(3):
+        prune(repository, None, LAST)
+    assert read_point(repository, "g") == kept
