@@ -15,7 +15,7 @@ from pyroaring import BitMap
 
 from coordinator.model.errors import NotFoundError, UnavailableError
 from coordinator.model.point import Decision, Member
-from workers.repository.layout import DISKS, MOVED, PACKS, DamageError, pack_key
+from workers.repository.layout import DISKS, MOVED, PACKS, DamageError, named_by_id, pack_key
 from workers.repository.pack import check_whole, read_tail
 from workers.repository.prefetch import AT_ONCE, Prefetcher
 from workers.repository.reach import moved_packs
@@ -111,7 +111,7 @@ class _Check:
         self._went_on = went_on
         self._report = Checked()
         self._groups = repository.decisions.groups()  # before the packs: what a point leads to was there before it
-        self._sizes = {info.key: info.size for info in repository.store.list(PACKS)}
+        self._sizes = {info.key: info.size for _, info in named_by_id(repository.store, PACKS)}
         self._moved = frozenset(moved_packs(repository))
         self._disks: _Looked[tuple[str, RootRef]] = _Looked()
         self._roots: _Looked[str] = _Looked()

@@ -27,7 +27,7 @@ from coordinator.model.point import Decision, Retention, kept
 from workers.failpoint import pass_point
 from workers.repository.decisions import DamagedDecisionError, Group, Hold, prune_leftovers
 from workers.repository.epochs import abandon
-from workers.repository.layout import COMPACTION, CONDEMNED, DISKS, MOVED, PACKS, DamageError, pack_key
+from workers.repository.layout import COMPACTION, CONDEMNED, DISKS, MOVED, PACKS, DamageError, named_by_id, pack_key
 from workers.repository.locks import extend_locks
 from workers.repository.pack import read_head
 from workers.repository.reach import Alive, find_alive, live_points, moved_packs
@@ -156,7 +156,7 @@ def forbidden_packs(repository: Repository) -> frozenset[bytes]:
     """What the index must not lead a writer to: what is condemned, and what was moved, of which only that went along
     that was alive then. Looked up in this order, for the one becomes the other."""
     condemned = condemned_packs(repository)
-    return condemned | {bytes.fromhex(info.key.removeprefix(MOVED)) for info in repository.store.list(MOVED)}
+    return condemned | {pack for pack, _ in named_by_id(repository.store, MOVED)}
 
 
 def _retain(
@@ -262,10 +262,10 @@ def _dead(
     report: Pruned,
 ) -> Iterator[str]:
     """Keys that nothing alive leads to, of epochs that are decided, and that are not condemned yet."""
-    for info in repository.store.list(PACKS):
+    for pack, info in named_by_id(repository.store, PACKS):
         if info.key in known or _leads_to(alive, info.key):
             continue
-        origin = _epoch_of_pack(repository, info.key, info.size)
+        origin = _epoch_of_pack(repository, pack, info.size)
         if _is_decided(groups, open_now, origin):
             report.condemned += 1
             report.condemned_bytes += info.size
@@ -277,15 +277,15 @@ def _dead(
             report.condemned += 1
             report.condemned_bytes += info.size
             yield info.key
-    for info in repository.store.list(MOVED):
+    for _, info in named_by_id(repository.store, MOVED):
         if info.key not in known and not _leads_to(alive, info.key):
             yield info.key
 
 
-def _epoch_of_pack(repository: Repository, key: str, size: int) -> tuple[str, int]:
+def _epoch_of_pack(repository: Repository, pack: bytes, size: int) -> tuple[str, int]:
     try:
-        origin = read_head(repository.store, bytes.fromhex(key.removeprefix(PACKS)), size).origin
-    except (DamageError, ValueError):
+        origin = read_head(repository.store, pack, size).origin
+    except DamageError:
         return ("", 0)  # no pack of ours: check names it, nobody removes it
     except MissingObjectError:
         return ("", 0)  # another prune has just removed it
@@ -306,7 +306,9 @@ def sentences_of(repository: Repository, kind: str = "") -> Iterator[tuple[str, 
         except MissingObjectError:
             continue  # another run has just carried it out
         except ValidationError as error:
-            raise DamageError("the record", info.key) from error
+            damage = DamageError("the record", info.key)
+            damage.remedy = "remove it: the next prune, or check, lists anew what was on it"
+            raise damage from error
         if kind in ("", sentence.kind):
             yield info.key, sentence
 

@@ -24,7 +24,7 @@ from workers.failpoint import pass_point
 from workers.repository import collect
 from workers.repository.decisions import HOLD_RENEW_S, Hold
 from workers.repository.expand import expanded
-from workers.repository.layout import COMPACTION, PACKS, DamageError, hold_key, pack_key
+from workers.repository.layout import COMPACTION, PACKS, DamageError, hold_key, named_by_id, pack_key
 from workers.repository.pack import Contents, Origin, PackWriter, map_context, map_digest, read_contents, read_tail
 from workers.repository.reach import each_map, each_root, live_points, moved_packs
 from workers.repository.repository import Repository
@@ -75,8 +75,7 @@ def _nominate(repository: Repository, live_share: float, went_on: Callable[[], N
     known = {key for _, sentence in collect.sentences_of(repository) for key in sentence.keys}
     live = _live(repository, None, went_on)
     victims = []
-    for info in repository.store.list(PACKS):
-        pack = bytes.fromhex(info.key.removeprefix(PACKS))
+    for pack, info in named_by_id(repository.store, PACKS):
         if info.key not in known and pack in live and live[pack].size < info.size * live_share:
             victims.append(pack)
     return victims

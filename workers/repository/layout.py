@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 
 import blake3
 
 from coordinator.model.errors import DamagedError
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES
-from workers.repository.store.contract import ObjectStore, ShortObjectError
+from workers.repository.store.contract import ObjectInfo, ObjectStore, ShortObjectError
 
 FORMAT = 1
 """Version of the format; a repository of a newer one is refused."""
@@ -24,6 +25,7 @@ COMPACTION = ".compaction"
 """Stands for a group in the holds and packs of a compaction; no group can have this name."""
 ID_BYTES = 16
 """Of repositories, packs and keys: random, so that no two ever meet."""
+_ID = re.compile(r"[0-9a-f]{32}")
 DIGEST_BYTES = 32
 
 
@@ -56,6 +58,14 @@ def plain_seal(fields: Mapping[str, object]) -> str:
     so that a damaged one is told from a wrong key."""
     kept = {name: value for name, value in fields.items() if name != "seal"}
     return blake3.blake3(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def named_by_id(store: ObjectStore, prefix: str) -> Iterator[tuple[bytes, ObjectInfo]]:
+    """Objects that are called `prefix` and an id, with that id. What else somebody has put there is not ours, and
+    stays."""
+    for info in store.list(prefix):
+        if _ID.fullmatch(info.key, len(prefix)):
+            yield bytes.fromhex(info.key.removeprefix(prefix)), info
 
 
 def pack_key(pack: bytes) -> str:

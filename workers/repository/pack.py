@@ -197,9 +197,9 @@ def map_digest(keyring: Keyring, plain: Buffer) -> bytes:
 
 def read_head(store: ObjectStore, pack: bytes, size: int) -> PackHead:
     """Whose pack it is, by its first bytes; `size` is the object's. DamageError if it is no pack."""
-    key = pack_key(pack)
-    data = store.get_range(key, 0, min(HEAD_BYTES, size))
-    return parse_head(data, pack)
+    if size < _HEAD.size:
+        raise DamageError("the head", pack_key(pack), 0, size)
+    return parse_head(store.get_range(pack_key(pack), 0, min(HEAD_BYTES, size)), pack)
 
 
 def parse_head(data: Buffer, pack: bytes) -> PackHead:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from coordinator.model.point import Decision, Member
 from workers.repository.decisions import Group
-from workers.repository.layout import MOVED, pack_key
+from workers.repository.layout import MOVED, named_by_id, pack_key
 from workers.repository.repository import Repository
 from workers.repository.root import PageRef, Root
 from workers.repository.segment_map import MapRef
@@ -87,8 +87,7 @@ def moved_packs(repository: Repository) -> dict[bytes, tuple[bytes, ...]]:
     that slept for too long may write one."""
     found = {}
     there: dict[bytes, bool] = {}
-    for info in repository.store.list(MOVED):
-        pack = bytes.fromhex(info.key.removeprefix(MOVED))
+    for pack, _ in named_by_id(repository.store, MOVED):
         record = repository.relocations.read(pack)
         targets = tuple(bytes.fromhex(p) for p in record.packs) if record is not None else ()
         for target in targets:

@@ -27,11 +27,13 @@ from tests.repositories import (
 )
 from workers.access import Access
 from workers.repository.check import check
-from workers.repository.collect import condemn, prune
+from workers.repository.collect import condemn, forbidden_packs, prune
+from workers.repository.compact import compact
 from workers.repository.epochs import open_epoch, renew
-from workers.repository.layout import SEGMENTS_A_PAGE, DamageError, hold_key, pack_key
-from workers.repository.pack import read_contents, read_tail
+from workers.repository.layout import CONDEMNED, SEGMENTS_A_PAGE, DamageError, hold_key, pack_key
+from workers.repository.pack import read_contents, read_head, read_tail
 from workers.repository.repository import Repository
+from workers.repository.store.contract import ObjectStore
 
 ACCESS = Access(["/"], [])
 
@@ -362,3 +364,58 @@ def test_a_damaged_hold_keeps_no_other_group_from_being_written_and_says_how_to_
         renew(repository, epoch)
         repository.decisions.let_go("read-1")
         prune(repository, None, Retention(last=1))
+
+
+@pytest.mark.parametrize("key", ["packs/notes.txt", f"packs/{'ab' * 16}.part", "moved/notes.txt", "groups/g/points/x"])
+def test_what_somebody_else_has_put_there_stands_in_nobodys_way_and_stays(tmp_path: Path, key: str) -> None:
+    """A program that synchronises directories, say."""
+    with make_repository(tmp_path / "r") as repository:
+        for seed in (b"x", b"y"):
+            backup(repository, "g", seed * 100_000)
+        repository.store.put(key, b"")
+        for _ in range(3):
+            prune(repository, None, Retention(last=1))
+        compact(repository)
+        forbidden_packs(repository)
+        assert check(repository, data=True).damage == []
+        assert repository.store.size(key) == 0
+
+
+def test_a_pack_of_which_nothing_is_left_is_named_and_stands_in_no_prunes_way(tmp_path: Path) -> None:
+    """A store may be asked for one byte at least."""
+    with make_repository(tmp_path / "r") as repository:
+        backup(repository, "g", b"x" * 1000)
+        repository.store.put(pack_key(bytes(16)), b"")
+        with pytest.raises(DamageError, match="the head in packs/0000"):
+            read_head(_AsksForSomething(repository.store), bytes(16), 0)
+        prune(repository, None, Retention(last=1))
+        assert [damage.key for damage in check(repository).damage] == [pack_key(bytes(16))]
+
+
+def test_a_damaged_list_of_what_may_go_says_how_to_get_rid_of_it(tmp_path: Path) -> None:
+    """No check looks at it and no backup writes it anew, which cannot even begin: it must know what is on the list."""
+    with make_repository(tmp_path / "r") as repository:
+        for seed in (b"x", b"y"):
+            backup(repository, "g", seed * 100_000)
+        prune(repository, None, Retention(last=1))
+        listed = [info.key for info in repository.store.list(CONDEMNED)]
+        for key in listed:
+            repository.store.put(key, b"rot")
+        for act in (forbidden_packs, lambda made: prune(made, None, Retention(last=1)), compact):
+            with pytest.raises(DamageError, match=f"the record in {listed[0]} is damaged") as caught:
+                act(repository)
+            assert caught.value.remedy == "remove it: the next prune, or check, lists anew what was on it"
+        repository.store.delete(listed)
+        for _ in range(2):
+            prune(repository, None, Retention(last=1))
+        assert check(repository, data=True).orphans == 0
+        assert read_point(repository, "g") == b"y" * 100_000
+
+
+class _AsksForSomething:
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        assert length > 0
+        return self._store.get_range(key, offset, length)
