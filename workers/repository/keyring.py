@@ -159,10 +159,24 @@ class Keyring:
         return _GcmSeal(HKDF(SHA256(), KEY_BYTES, salt=self.repository, info=info).derive(self._data_keys[key_id]))
 
 
-def new_keys(store: ObjectStore, secret: bytes) -> None:
-    """The first data key and the digest key of a new repository."""
-    for use in ("digest", "data"):
-        _write(store, _wrapped(secrets.token_bytes(ID_BYTES), use, 1, secrets.token_bytes(KEY_BYTES), secret))
+def new_keys(store: ObjectStore, secret: bytes) -> list[str]:
+    """The first data key and the digest key of a new repository; the names of their objects. RefusedError if there are
+    some already that `secret` does not open: they would keep the repository from ever being opened."""
+    for record in _records(store):
+        try:
+            _unwrapped(record, secret, store.name)
+        except RefusedError as error:
+            raise RefusedError(
+                f"{store.name} has keys of a repository whose making was broken off, or goes on, under another key",
+                f"name that key, or remove what is in {KEYS} if nobody makes one there",
+            ) from error
+    new = [
+        _wrapped(secrets.token_bytes(ID_BYTES), use, 1, secrets.token_bytes(KEY_BYTES), secret)
+        for use in ("digest", "data")
+    ]
+    for record in new:
+        _write(store, record)
+    return [f"{KEYS}{record.id}" for record in new]
 
 
 def load(store: ObjectStore, repository: bytes, secret: bytes) -> Keyring:

@@ -93,10 +93,10 @@ class Repository:
                 created_at=time.time(),
                 made_by=made_by,
             )
-            if uri.key:
-                keys.new_keys(store, new_owners_key(uri, access, store, record.id))
+            ours = keys.new_keys(store, new_owners_key(uri, access, store, record.id)) if uri.key else []
             sealed = {**record.model_dump(), "seal": plain_seal(record.model_dump())}
             if not store.put_if_absent(REPOSITORY_KEY, json.dumps(sealed, indent=1).encode()):
+                store.delete(ours)  # or they would be taken for those of the one that was made
                 raise RefusedError(f"somebody else has just made a repository at {store.name}", "use that")
             return cls(store, record, _keyring(store, record, uri, access))
         except BaseException:

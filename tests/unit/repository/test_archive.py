@@ -18,10 +18,13 @@ from workers.repository.archive import Archive
 from workers.repository.archive import Written as Unit
 from workers.repository.epochs import open_epoch
 from workers.repository.expand import expanded
+from workers.repository.layout import KEYS
 from workers.repository.pack import Origin
 from workers.repository.reader import PointDisk
 from workers.repository.repository import Repository
 from workers.repository.root import Root
+from workers.repository.store.contract import ObjectStore
+from workers.repository.store.local import LocalStore
 
 
 @pytest.fixture
@@ -103,6 +106,53 @@ def test_a_rewrap_that_was_killed_in_the_middle_is_completed_by_the_next(
             keyring.load(store, b"", b"new")
         assert keyring.rewrap(store, b"old", b"new") == 2
         keyring.load(store, b"", b"new")
+
+
+def test_of_two_who_make_a_repository_at_once_the_second_leaves_no_keys_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest key could be taken for the other's: all that was written would seem damaged."""
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "r").mkdir()
+    uri, access = local_uri(tmp_path / "r", f"file:{tmp_path}/key"), Access(["/"], [])
+    new_keys, kept = keyring.new_keys, list[str]()
+
+    def late(store: ObjectStore, secret: bytes) -> list[str]:
+        monkeypatch.setattr(keyring, "new_keys", new_keys)
+        with Repository.init(uri, access) as winner:
+            point_of(winner, b"x" * BLOCK_BYTES, [data(0, BLOCK_BYTES)])
+            kept.extend(info.key for info in winner.store.list(KEYS))
+        return new_keys(store, secret)
+
+    monkeypatch.setattr(keyring, "new_keys", late)
+    with pytest.raises(RefusedError, match="somebody else has just made a repository"):
+        Repository.init(uri, access)
+    with Repository.open(uri, access) as opened:
+        assert [info.key for info in opened.store.list(KEYS)] == kept
+        assert read_point(opened, "g") == b"x" * BLOCK_BYTES
+
+
+def test_no_repository_is_made_over_keys_that_its_own_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of a making that was broken off; the new repository could be opened by nobody."""
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name)
+    with monkeypatch.context() as patched:
+
+        def killed(store: LocalStore, key: str, content: bytes) -> bool:
+            raise KeyboardInterrupt
+
+        patched.setattr(LocalStore, "put_if_absent", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_repository(tmp_path / "r", f"file:{tmp_path}/one")
+    with pytest.raises(RefusedError, match="has keys of a repository whose making was broken off") as caught:
+        make_repository(tmp_path / "r", f"file:{tmp_path}/other")
+    assert "remove what is in keys/" in caught.value.remedy
+    with make_repository(tmp_path / "r", f"file:{tmp_path}/one") as made:
+        point_of(made, b"x" * BLOCK_BYTES, [data(0, BLOCK_BYTES)])
+    with Repository.open(local_uri(tmp_path / "r", f"file:{tmp_path}/one"), Access(["/"], [])) as opened:
+        assert read_point(opened, "g") == b"x" * BLOCK_BYTES
 
 
 def test_what_is_written_under_a_newer_key_is_read_by_those_who_were_there_before(tmp_path: Path) -> None:
