@@ -202,3 +202,10 @@ def test_a_point_that_does_not_exist_is_refused_with_those_that_do(repository: s
     assert done.returncode == 3
     assert "no recovery point 9" in done.stderr
     assert "the newest are: 1" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["localhost", ":1", "localhost:65536", "localhost:²"])
+def test_what_is_no_address_to_listen_on_is_refused(repository: str, address: str) -> None:
+    done = serve_to_the_end(repository, "--listen", address)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{address!r} is no address to listen on. Write HOST:PORT" in done.stderr

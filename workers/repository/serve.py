@@ -35,6 +35,7 @@ from workers.repository.decisions import HOLD_RENEW_S, Hold
 from workers.repository.repository import Repository
 from workers.repository.served_point import Overlay, ServedPoint
 
+_LAST_PORT = 65535
 READ_AHEAD_BYTES = 1024 * 1024
 """What one read fetches at once. A booting guest reads here and there; whoever reads all of it waits for no more."""
 
@@ -129,7 +130,7 @@ def _endpoint(stack: contextlib.ExitStack, path: str, address: str) -> Endpoint:
         raise UsageError("--socket and --listen name two places", "give one of them")
     if address:
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal() or int(port) > _LAST_PORT:
             raise UsageError(f"{address!r} is no address to listen on", "write HOST:PORT; port 0 takes a free one")
         return Endpoint(host.strip("[]"), int(port), None, "")
     if not path:

@@ -72,6 +72,7 @@ class Overlay:
         self._locks = [threading.Lock() for _ in range(_STRIPES)]
         self._new: set[int] = set()
         """Blocks whose byte in the file is 2."""
+        self._flush_failed = False
         with contextlib.ExitStack() as opened:
             self._data = _sized(directory / f"{name}.overlay", disk.size)
             opened.callback(os.close, self._data)
@@ -133,6 +134,13 @@ class Overlay:
         """A trimmed range may read as anything: it keeps what it has."""
 
     def flush(self) -> None:
+        """Once it has failed it fails for ever: the kernel tells of lost writes once, and a guest that was paused would
+        take the next flush's word for them."""
+        if self._flush_failed:
+            raise DiskIOError(
+                "the overlay: an earlier flush failed, so that writes may be lost",
+                remedy="mend its file system, and serve with another directory",
+            )
         try:
             new = sorted(self._new.copy())
             os.fsync(self._data)
@@ -141,6 +149,7 @@ class Overlay:
             os.fsync(self._bits_file)
             self._new.difference_update(new)
         except OSError as error:
+            self._flush_failed = True
             raise _local_error(error, -1, 0) from error
 
     def close(self) -> None:
