@@ -29,6 +29,8 @@ from workers.repository.store.contract import MissingObjectError, ObjectStore
 
 _KMS_TIMEOUT_S = 20.0
 _HTTPS = 443
+_LONGEST_KEY = 1024 * 1024
+"""Of a file. A pipe would be waited for, and /dev/zero read, without end."""
 _SERVER_ERROR = 500
 _BUSY = frozenset({"ThrottlingException", "LimitExceededException", "DependencyTimeoutException"})
 
@@ -82,13 +84,23 @@ def _from_env(name: str) -> bytes:
 
 
 def _from_file(name: str, access: Access) -> bytes:
-    path = access.check_path(name, must_exist=True)
+    path = Path(access.check_path(name, must_exist=True))
     try:
-        value = Path(path).read_bytes().strip()
+        if not path.is_file():
+            raise RefusedError(
+                f"{name}, which was named as the key, is no regular file", "name one that holds a key or a passphrase"
+            )
+        with path.open("rb") as file:
+            value = file.read(_LONGEST_KEY + 1)
     except OSError as error:
         raise RefusedError(
             f"{name}, which was named as the key, cannot be read: {error.strerror}", "give the worker's user access"
         ) from error
+    if len(value) > _LONGEST_KEY:
+        raise RefusedError(
+            f"{name}, which was named as the key, has more than {_LONGEST_KEY} bytes", "name a file that holds a key"
+        )
+    value = value.strip()
     if not value:
         raise RefusedError(f"{name}, which was named as the key, is empty", "write a key or a passphrase into it")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,23 @@ def test_plain_http_is_warned_of(uri: str, says: str) -> None:
 def test_a_new_repository_tells_what_its_user_should_know(directory: Path) -> None:
     task = RepositoryTask(kind=TaskKind.INIT, repository=str(local_uri(directory)))
     assert chores.run(task, "job", ACCESS, lambda: None)["warnings"] == []
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "image"])
+def test_what_is_no_file_of_a_key_is_refused_and_neither_waited_for_nor_read_to_its_end(
+    directory: Path, tmp_path: Path, kind: str
+) -> None:
+    key = tmp_path / "key"
+    match kind:
+        case "pipe":
+            os.mkfifo(key)
+        case "device":
+            key.symlink_to("/dev/zero")
+        case "directory":
+            key.mkdir()
+        case "image":
+            key.touch()
+            os.truncate(key, 2**40)
+    with pytest.raises(RefusedError, match=r"which was named as the key, (is no regular file|has more than)"):
+        Repository.init(local_uri(directory, f"file:{key}"), ACCESS)
