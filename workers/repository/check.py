@@ -136,8 +136,19 @@ class _Check:
                     self._tell(findings, f"{group.name}@{epoch}")
         self._look_at_packs()
         self._count_orphans()
-        self._report.damage = [Damage(message, key, tuple(points)) for message, (key, points) in self._told.items()]
+        self._report.damage = list(self._damage())
         return self._report
+
+    def _damage(self) -> Iterator[Damage]:
+        """What was told, but not of points that were pruned meanwhile: what they alone led to may be gone by now."""
+        if not self._told:
+            return
+        groups = self._repository.decisions.groups().values()
+        there = {f"{group.name}@{epoch}" for group in groups for epoch in group.present()}
+        for message, (key, points) in self._told.items():
+            harmed = tuple(point for point in points if point in there)
+            if harmed or not points:
+                yield Damage(message, key, harmed)
 
     def _look_at_point(self, point: Decision, disks: Prefetcher, findings: _Findings) -> None:
         fresh = [m for m in point.members if (m.disk, root_ref(m)) not in self._disks]

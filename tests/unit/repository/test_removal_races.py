@@ -32,6 +32,7 @@ from workers.repository.epochs import open_epoch, renew
 from workers.repository.index import SqliteIndex
 from workers.repository.layout import GROUPS, PACKS, pack_key
 from workers.repository.repository import Repository
+from workers.repository.root import Root
 from workers.repository.store.contract import ObjectInfo
 from workers.repository.store.local import LocalStore
 
@@ -267,3 +268,16 @@ def test_a_job_goes_on_with_its_epoch_on_another_host_and_a_second_one_is_told_w
     renew(repository, again)
     with pytest.raises(RefusedError, match="job 1 on there is writing epoch 1 of group 'g'"):
         open_epoch(repository, "g", DISK, "job 12 on there", lambda owner: False)
+
+
+def test_a_check_takes_nothing_for_damaged_that_is_pruned_while_it_looks(
+    repository: Repository, elsewhere: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --data it looks for hours."""
+    for seed in (1, 2, 3):
+        backup(repository, "g", content(seed))
+    root = elsewhere.decisions.point("g", 3).members[0].root
+    before(monkeypatch, Root, "page", lambda: prune_thrice(elsewhere))
+    assert check(repository, data=True).damage == []
+    elsewhere.store.delete([root])
+    assert [damage.points for damage in check(repository).damage] == [("g@3",)]
