@@ -2,11 +2,15 @@
 
 What it says is believed only if the pack is still there and was not condemned before this epoch was opened. A pack that
 is condemned later stays until the epoch is decided, and is alive then if the epoch refers to it.
+
+Each row proves itself: nobody reads the block again before the point is published, and one that was taken for another
+is lost. Nothing else tells what a failing disk or a power failure has made of the file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,11 +23,13 @@ MAX_RUNS = 8_000_000
 """About 500 MiB of file, for half a TiB of different blocks; then the older half is forgotten."""
 BUSY_S = 2.0
 """How long to wait for another mover of this host."""
+_PROOF_BYTES = 8
 _SCHEMA = """
+drop table if exists runs; -- rows that did not prove themselves
 create table if not exists packs (id integer primary key, pack blob unique not null);
-create table if not exists runs (
+create table if not exists blocks (
     digest blob primary key, pack integer not null, offset integer not null,
-    length integer not null, raw integer not null
+    length integer not null, raw integer not null, proof blob not null
 ) without rowid;
 """
 
@@ -67,23 +73,20 @@ class SqliteIndex:
         with self._tolerant():
             self._connection = self._opened()
 
-    def is_empty(self) -> bool:
-        with self._lock, self._tolerant():
-            if self._connection is not None:
-                return self._connection.execute("select 1 from runs limit 1").fetchone() is None
-        return False
-
     def find(self, digests: Collection[bytes]) -> Mapping[bytes, Run]:
         if not digests:
             return {}
-        rows: list[tuple[bytes, bytes, int, int, int]] = []
+        rows: list[tuple[bytes, bytes, int, int, int, bytes]] = []
         with self._lock, self._tolerant():
             if self._connection is not None:
                 marks = ",".join("?" * len(digests))
-                query = f"select digest, packs.pack, offset, length, raw from runs join packs on packs.id = runs.pack where digest in ({marks})"  # noqa: E501
+                query = (
+                    "select digest, packs.pack, offset, length, raw, proof"
+                    f" from blocks join packs on packs.id = blocks.pack where digest in ({marks})"
+                )
                 rows = self._connection.execute(query, tuple(digests)).fetchall()
-        found = {digest: Run(pack, at, length, bool(raw), digest) for digest, pack, at, length, raw in rows}
-        return {digest: run for digest, run in found.items() if self._may_be_used(run.pack)}
+        found = ((Run(pack, at, length, bool(raw), digest), proof) for digest, pack, at, length, raw, proof in rows)
+        return {run.digest: run for run, proof in found if proof == _proof_of(run) and self._may_be_used(run.pack)}
 
     def learn(self, runs: Iterable[Run]) -> None:
         with self._lock, self._tolerant():
@@ -94,8 +97,8 @@ class SqliteIndex:
                 for run in runs:
                     if run.pack not in ids:
                         ids[run.pack] = self._id_of(self._connection, run.pack)
-                    row = (run.digest, ids[run.pack], run.offset, run.length, run.raw)
-                    self._connection.execute("insert or replace into runs values (?, ?, ?, ?, ?)", row)
+                    row = (run.digest, ids[run.pack], run.offset, run.length, run.raw, _proof_of(run))
+                    self._connection.execute("insert or replace into blocks values (?, ?, ?, ?, ?, ?)", row)
                 self._forget_some(self._connection)
 
     def close(self) -> None:
@@ -129,12 +132,12 @@ class SqliteIndex:
         newest = connection.execute("select max(id) from packs").fetchone()[0]
         if newest is None or newest % 256:
             return
-        (count,) = connection.execute("select count(*) from runs").fetchone()
+        (count,) = connection.execute("select count(*) from blocks").fetchone()
         if count > MAX_RUNS:
             (middle,) = connection.execute(
                 "select id from packs order by id limit 1 offset (select count(*) / 2 from packs)"
             ).fetchone()
-            connection.execute("delete from runs where pack < ?", (middle,))
+            connection.execute("delete from blocks where pack < ?", (middle,))
             connection.execute("delete from packs where id < ?", (middle,))
 
     @contextlib.contextmanager
@@ -147,4 +150,11 @@ class SqliteIndex:
                 self._connection.close()
                 self._connection = None
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-                self._path.unlink(missing_ok=True)
+                for ending in ("-shm", "-wal", ""):  # what is left of the old file must not be read with the new one
+                    Path(f"{self._path}{ending}").unlink(missing_ok=True)
+
+
+def _proof_of(run: Run) -> bytes:
+    """Of whatever types a damaged row has."""
+    place = repr((run.digest, run.pack, run.offset, run.length, run.raw))
+    return hashlib.blake2b(place.encode(), digest_size=_PROOF_BYTES).digest()
