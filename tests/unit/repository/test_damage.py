@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
-from coordinator.model.extent import SEGMENT_BYTES, Extent, Status
+from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
 from coordinator.model.point import Retention
 from tests.golden.make_repositories import HERE, KEY, KINDS, POINTS, content
 from tests.repositories import (
@@ -246,7 +247,7 @@ def test_what_ends_too_early_is_damage_to_a_reader(tmp_path: Path, kind: str) ->
     with make_repository(tmp_path / "r") as repository:
         backup(repository, "g", b"x" * 100_000)
         (info,) = repository.store.list(kind)
-        os.truncate(tmp_path / "r" / info.key, info.size // 2)
+        os.truncate(tmp_path / "r" / info.key, info.size // 3)
         with pytest.raises(DamageError, match=info.key):
             read_point(repository, "g")
 
@@ -419,3 +420,21 @@ class _AsksForSomething:
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         assert length > 0
         return self._store.get_range(key, offset, length)
+
+
+def test_a_flipped_bit_of_a_footer_is_found_without_a_key_or_changes_nothing(tmp_path: Path) -> None:
+    """What it says of maps goes into a root: a map in the place of another would be read as if all were well."""
+    with make_repository(tmp_path / "r") as repository:
+        data = random.Random(1).randbytes(3 * BLOCK_BYTES)
+        (ref,) = write_epoch(repository, "g", BytesSource(data), "full").packs
+        path = tmp_path / "r" / pack_key(ref.pack)
+        whole, sound, found = path.read_bytes(), read_contents(repository.store, repository.keyring, ref), 0
+        for at in range(8 * ref.footer_offset, 8 * (ref.footer_offset + ref.footer_length)):
+            broken = bytearray(whole)
+            broken[at // 8] ^= 1 << at % 8
+            path.write_bytes(broken)
+            try:
+                assert read_contents(repository.store, repository.keyring, ref) == sound, f"bit {at}"
+            except DamageError as error:
+                found += str(error).startswith("the footer in")
+        assert found >= 8 * ref.footer_length - 8
