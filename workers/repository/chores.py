@@ -19,7 +19,7 @@ from workers.repository.check import Checked, check
 from workers.repository.collect import condemn, prune
 from workers.repository.compact import compact
 from workers.repository.layout import PACKS, DamageError
-from workers.repository.repository import Repository, allowed_store
+from workers.repository.repository import Repository, allowed_store, read_record
 from workers.repository.secret import new_owners_key, owners_key
 from workers.repository.store import probe
 
@@ -50,6 +50,8 @@ def run(
     uri = parse_repository(task.repository).repository
     if task.kind is TaskKind.INIT:
         return _init(uri, access, task.level, job_id)
+    if task.kind is TaskKind.REWRAP_KEYS:
+        return _rewrap(uri, access, task.new_key)
     with Repository.open(uri, access) as repository:
         return {"repository": repository.id} | _run(task, repository, uri, access, went_on, goes_on)
 
@@ -79,13 +81,10 @@ def _run(
         case TaskKind.COMPACT:
             return asdict(compact(repository, went_on=went_on))
         case TaskKind.NEW_DATA_KEY:
-            return {"key": keyring.rotate(repository.store, _secret(repository, uri, access))}
-        case TaskKind.REWRAP_KEYS:
-            if task.new_key == uri.key:
-                raise RefusedError(f"{task.new_key} is the key it has", "name another one by --new-key")
-            old = _secret(repository, uri, access)
-            new = new_owners_key(replace(uri, key=task.new_key), access, repository.store, repository.id)
-            return {"keys": keyring.rewrap(repository.store, old, new)}
+            if not uri.key:
+                raise _no_key()
+            secret = owners_key(uri, access, repository.store, repository.id)
+            return {"key": keyring.rotate(repository.store, secret)}
         case _:
             raise ValueError(f"{task.kind} is done elsewhere")
 
@@ -122,7 +121,23 @@ def _check(repository: Repository, data: bool, went_on: WentOn) -> dict[str, Any
     raise FoundDamageError(repository.id, report)
 
 
-def _secret(repository: Repository, uri: RepositoryUri, access: Access) -> bytes:
+def _rewrap(uri: RepositoryUri, access: Access, new_key: str) -> dict[str, Any]:
+    """The repository is not opened: where another rewrap was broken off, neither key opens all of its keys."""
     if not uri.key:
-        raise RefusedError("no key was named, so the repository is not encrypted and has none", "add key=… to its URI")
-    return owners_key(uri, access, repository.store, repository.id)
+        raise _no_key()
+    if new_key == uri.key:
+        raise RefusedError(f"{new_key} is the key it has", "name another one by --new-key")
+    store = allowed_store(uri, access)
+    try:
+        record = read_record(store)
+        if not record.encrypted:
+            raise RefusedError(f"the repository {store.name} is not encrypted, and a key was named", "leave out key=")
+        old = owners_key(uri, access, store, record.id)
+        new = new_owners_key(replace(uri, key=new_key), access, store, record.id)
+        return {"repository": record.id, "keys": keyring.rewrap(store, old, new)}
+    finally:
+        store.close()
+
+
+def _no_key() -> RefusedError:
+    return RefusedError("no key was named, so the repository is not encrypted and has none", "add key=… to its URI")

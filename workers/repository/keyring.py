@@ -196,8 +196,17 @@ def _load(store: ObjectStore, secret: bytes) -> tuple[dict[bytes, bytes], bytes]
     """(data keys in the order of their age, digest key)."""
     found: list[tuple[int, bytes, bytes]] = []
     digest_key: bytes | None = None
-    for record in _records(store):
-        key = _unwrapped(record, secret, store.name)
+    records = _records(store)
+    for record in records:
+        try:
+            key = _unwrapped(record, secret, store.name)
+        except RefusedError as error:
+            if not any(_is_opened(other, secret, store.name) for other in records):
+                raise
+            raise RefusedError(
+                f"the keys of {store.name} are wrapped by two owners' keys: a rewrap-keys goes on or was broken off",
+                "run flushpoint repository rewrap-keys once more, with the same two keys",
+            ) from error
         if record.use == "digest":
             digest_key = key
         else:
@@ -219,11 +228,14 @@ def rewrap(store: ObjectStore, old: bytes, new: bytes) -> int:
     """Wrap every key anew with the owner's `new` key; the old one opens nothing afterwards. Returns how many.
 
     One that is wrapped with the new key already was so by a rewrap that was killed in the middle, which this completes.
+    It looks again until it finds no more: somebody may add a data key meanwhile.
     """
-    records = [(record, _unwrapped_by_either(record, old, new, store.name)) for record in _records(store)]
-    for record, key in records:
-        _write(store, _wrapped(bytes.fromhex(record.id), record.use, record.number, key, new))
-    return len(records)
+    done: set[str] = set()
+    while records := [record for record in _records(store) if record.id not in done]:
+        for record, key in [(record, _unwrapped_by_either(record, old, new, store.name)) for record in records]:
+            _write(store, _wrapped(bytes.fromhex(record.id), record.use, record.number, key, new))
+            done.add(record.id)
+    return len(done)
 
 
 def _records(store: ObjectStore) -> list[KeyRecord]:
@@ -268,6 +280,14 @@ def _unwrapped(record: KeyRecord, secret: bytes, where: str) -> bytes:
         ) from None
     except (ValueError, binascii.Error) as error:
         raise DamageError("the key", f"{KEYS}{record.id}") from error
+
+
+def _is_opened(record: KeyRecord, secret: bytes, where: str) -> bool:
+    try:
+        _unwrapped(record, secret, where)
+    except RefusedError:
+        return False
+    return True
 
 
 def _unwrapped_by_either(record: KeyRecord, old: bytes, new: bytes, where: str) -> bytes:

@@ -66,7 +66,7 @@ class Repository:
         """RefusedError for a newer format, a wrong or missing key; NotFoundError if there is no repository."""
         store = allowed_store(uri, access)
         try:
-            record = _record(store)
+            record = read_record(store)
             return cls(store, record, _keyring(store, record, uri, access))
         except BaseException:
             store.close()
@@ -79,7 +79,7 @@ class Repository:
         store = allowed_store(uri, access)
         try:
             if store.size(REPOSITORY_KEY) is not None:
-                there = _record(store)
+                there = read_record(store)
                 if made_by and there.made_by == made_by:
                     return cls(store, there, _keyring(store, there, uri, access))
                 raise RefusedError(f"there is a repository at {store.name} already", "use it, or name another place")
@@ -163,7 +163,8 @@ def allowed_store(uri: RepositoryUri, access: Access) -> ObjectStore:
     return open_store(uri)
 
 
-def _record(store: ObjectStore) -> RepositoryRecord:
+def read_record(store: ObjectStore) -> RepositoryRecord:
+    """What can be known of a repository without its keys."""
     try:
         data = store.get(REPOSITORY_KEY)
     except MissingObjectError:

@@ -19,9 +19,11 @@ from coordinator.model.task import RepositoryTask, TaskKind
 from tests.object_servers import ObjectServer, running_moto
 from tests.repositories import backup, local_uri, read_point
 from workers.access import Access
-from workers.repository import chores
+from workers.repository import chores, keyring
 from workers.repository.layout import OWNERS, DamageError
 from workers.repository.repository import Repository
+from workers.repository.store.contract import StoreError
+from workers.repository.store.local import LocalStore
 
 ACCESS = Access(["/"], ["*"])
 DATA = b"a disk" * 20000
@@ -226,3 +228,70 @@ def test_what_is_no_file_of_a_key_is_refused_and_neither_waited_for_nor_read_to_
             os.truncate(key, 2**40)
     with pytest.raises(RefusedError, match=r"which was named as the key, (is no regular file|has more than)"):
         Repository.init(local_uri(directory, f"file:{key}"), ACCESS)
+
+
+def rewrap(directory: Path, old: str, new: str) -> dict[str, Any]:
+    task = RepositoryTask(kind=TaskKind.REWRAP_KEYS, repository=str(local_uri(directory, old)), new_key=new)
+    return chores.run(task, "job", ACCESS, lambda: None)
+
+
+@pytest.fixture
+def owners(directory: Path, tmp_path: Path) -> tuple[str, str]:
+    """References to two keys, with a repository under the first."""
+    for name in ("old", "new"):
+        (tmp_path / name).write_text(name)
+    old, new = f"file:{tmp_path}/old", f"file:{tmp_path}/new"
+    with Repository.init(local_uri(directory, old), ACCESS) as repository:
+        backup(repository, "shop", DATA)
+    return old, new
+
+
+def test_a_rewrap_that_was_broken_off_is_told_and_done_again_as_any_task_is(
+    directory: Path, owners: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither key opens the repository then."""
+    with monkeypatch.context() as patched:
+        put, written = LocalStore.put, list[str]()
+
+        def failing(store: LocalStore, key: str, content: bytes) -> None:
+            if written:
+                raise StoreError("no room")
+            written.append(key)
+            put(store, key, content)
+
+        patched.setattr(LocalStore, "put", failing)
+        with pytest.raises(StoreError):
+            rewrap(directory, *owners)
+    for key in owners:
+        with pytest.raises(RefusedError, match="wrapped by two owners' keys") as caught:
+            open_with(directory, key)
+        assert "rewrap-keys once more, with the same two keys" in caught.value.remedy
+    assert rewrap(directory, *owners)["keys"] == 2
+    with open_with(directory, owners[1]) as repository:
+        assert read_point(repository, "shop") == DATA
+
+
+def test_a_data_key_that_is_added_while_keys_are_rewrapped_is_rewrapped_too(
+    directory: Path, owners: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, adding = LocalStore.put, [True]
+
+    def beside(store: LocalStore, key: str, content: bytes) -> None:
+        if adding:
+            adding.clear()
+            keyring.rotate(store, b"old")
+        put(store, key, content)
+
+    monkeypatch.setattr(LocalStore, "put", beside)
+    assert rewrap(directory, *owners)["keys"] == 3
+    with open_with(directory, owners[1]) as repository:
+        assert read_point(repository, "shop") == DATA
+
+
+def test_keys_of_a_repository_that_has_none_are_not_rewrapped(directory: Path, tmp_path: Path) -> None:
+    Repository.init(local_uri(directory), ACCESS).close()
+    (tmp_path / "key").write_text("key")
+    with pytest.raises(RefusedError, match="no key was named"):
+        rewrap(directory, "", f"file:{tmp_path}/key")
+    with pytest.raises(RefusedError, match="is not encrypted, and a key was named"):
+        rewrap(directory, f"file:{tmp_path}/key", "env:NEW")
