@@ -110,10 +110,14 @@ def prune(
         report.abandoned = _abandon_stale(repository, decisions.holds(), goes_on)
     if report.abandoned:
         there = decisions.groups()
-    for name, group in there.items():
-        if name in wanted:
-            _retain(repository, group, retention, report, forget_damaged=forget_damaged, dry_run=dry_run)
+    try:
+        for name in sorted(wanted):
+            _retain(repository, there[name], retention, report, forget_damaged=forget_damaged, dry_run=dry_run)
             went_on()
+    except DamageError:
+        if not dry_run:  # nothing goes, so all of it is to stay locked
+            extend_locks(repository, decisions.groups_to_keep(), went_on)
+        raise
     if dry_run:
         return report
     collect(repository, report, went_on)

@@ -70,7 +70,7 @@ def _wanted(repository: Repository, groups: dict[str, Group]) -> Iterator[str]:
     pages: set[PageRef] = set()
     moved = moved_packs(repository)
     for group in groups.values():
-        for epoch, reading in repository.decisions.read(group.name, group.present()):
+        for epoch, reading in repository.decisions.read(group.name, group.wanted()):
             yield point_key(group.name, epoch)
             try:
                 decision = reading.result()

@@ -96,3 +96,16 @@ def test_what_is_damaged_keeps_nothing_else_from_being_locked(place: Place) -> N
     for key in ("repository.json", good.members[0].root, "groups/good/points/0000000001.json"):
         assert locks[key] > timedelta(days=8), key
     assert sum(left > timedelta(days=8) for key, left in locks.items() if key.startswith("packs/")) == 1
+
+
+def test_a_damaged_decision_keeps_nothing_else_from_being_locked(place: Place) -> None:
+    """A prune ends at it, and so lets nothing go."""
+    with place.opened(1, init=True) as repository:
+        for text in (b"one", b"two"):
+            point = backup(repository, "shop", text * 30000)
+        repository.store.put("groups/shop/points/0000000001.json", b"no decision")
+    with place.opened(9) as repository, pytest.raises(DamageError, match="0000000001"):
+        prune(repository, None, Retention(last=1))
+    locks = place.locks()
+    for key in ("repository.json", point.members[0].root, "groups/shop/points/0000000002.json"):
+        assert locks[key] > timedelta(days=8), key
