@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     connections: int = Field(default=2, ge=1, le=16)
     """Connections of one mover to one NBD export."""
 
+    guard_socket: str = "/run/flushpoint/guard"
+    """Where the guard of a host listens for its agent."""
+
     leader_ttl_s: float = Field(default=10.0, gt=0)
     cycle_s: float = Field(default=0.5, gt=0)
     """Longest pause between two looks at the ledger without a wake-up."""

@@ -1,4 +1,4 @@
-"""The commands that run parts: up and down for the embedded stack, coordinator and worker for everything else."""
+"""The commands that run parts: up and down for the embedded stack, the others for everything else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flushpoint.cli import output
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, down, coordinator, worker):
+    for command in (up, down, coordinator, worker, guard):
         app.command()(command)
 
 
@@ -57,6 +57,11 @@ def worker(
     """Run a worker. Settings: FLUSHPOINT_* in the environment."""
     environ = dict(os.environ) if slots is None else {**os.environ, "FLUSHPOINT_WORKER_SLOTS": str(slots)}
     _become("workers", environ, as_json)
+
+
+def guard(as_json: output.JsonOption = False) -> None:
+    """Run a host's guard, apart from its agent: it lets guests run again when the agent does not. FLUSHPOINT_*."""
+    _become("workers.agent.guard", dict(os.environ), as_json)
 
 
 def _become(module: str, environ: dict[str, str], as_json: bool) -> NoReturn:

@@ -1,0 +1,80 @@
+"""Which dirty bitmaps of a disk tell what was written since a recovery point. Pure.
+
+A bitmap of ours is called flushpoint:REPOSITORY:GROUP:EPOCH and records writes since the cut of that epoch. Every cut
+adds one and disables those that recorded until then, in the same stop:
+
+    cut 7 (published)    cut 8 (aborted)    cut 9
+    |------ :7 ----------|------ :8 --------|------ :9 -----
+                                            what changed since point 7: :7 and :8 together
+
+Nothing is merged back when an epoch is aborted: that fails while somebody reads the bitmap. Names tell whose a bitmap
+is and what it means, also to an agent that has just started; one that does not match is nobody's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PREFIX = "flushpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """A dirty bitmap as QEMU tells of it; an inconsistent one is not usable, nor does it record."""
+
+    name: str
+    is_recording: bool
+    is_usable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What a cut does with the bitmaps of one disk."""
+
+    add: str
+    disable: tuple[str, ...]
+    """Those of this group that record until the cut."""
+    changed: tuple[str, ...]
+    """All together they name what was written between the cut of the parent and this one."""
+    compare: str
+    """Why they do not, so that contents have to be compared; "" if they do."""
+
+
+def name_of(repository: str, group: str, epoch: int) -> str:
+    return f"{PREFIX}:{repository}:{group}:{epoch}"
+
+
+def epoch_of(repository: str, group: str, name: str) -> int | None:
+    """The epoch whose writes a bitmap records; None if it is not of this group and repository."""
+    head, _, number = name.rpartition(":")
+    if head != f"{PREFIX}:{repository}:{group}" or not number.isascii() or not number.isdigit():
+        return None
+    epoch = int(number)
+    return epoch if epoch > 0 and name == name_of(repository, group, epoch) else None
+
+
+def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int, epoch: int) -> Rotation:
+    """At the cut of `epoch`, whose parent is the point `parent` (0: there is none)."""
+    ours = {number: b for b in bitmaps if (number := epoch_of(repository, group, b.name)) is not None}
+    recording = tuple(b.name for _, b in sorted(ours.items()) if b.is_recording)
+    since = {number: b for number, b in ours.items() if parent <= number < epoch}
+    newest = max(since, default=0)
+    compare = ""
+    if parent == 0:
+        compare = "there is no recovery point yet"
+    elif parent not in since:
+        compare = f"no bitmap records what was written since point {parent}"
+    elif not all(b.is_usable for b in since.values()):
+        compare = "QEMU did not close its bitmaps, or another client has changed them"
+    elif not since[newest].is_recording:
+        compare = "the bitmap was not recording, so that writes may be missing"
+    changed = tuple(since[number].name for number in sorted(since)) if not compare else ()
+    return Rotation(name_of(repository, group, epoch), recording, changed, compare)
+
+
+def leftovers(bitmaps: Iterable[Tracking], repository: str, group: str, newest_point: int) -> tuple[str, ...]:
+    """Those that nobody will need. One that is not usable stays while it is newer than the newest point: without it,
+    the bitmaps before and after it would look as if they told of all that was written."""
+    epochs = {b.name: epoch_of(repository, group, b.name) for b in bitmaps}
+    return tuple(name for name, epoch in epochs.items() if epoch is not None and epoch < newest_point)

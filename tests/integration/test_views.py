@@ -1,0 +1,166 @@
+"""Views of disks that a Linux guest writes all the time: what is staged is what the disks held at the cut."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from coordinator.model.bitmap import leftovers, rotate
+from coordinator.model.job import Sync
+from coordinator.model.uri import parse
+from tests.guest import GuestKit
+from tests.live_guest import LiveDisk, LiveGuest, running_guest
+from workers.access import Access
+from workers.agent.cut import Part, Vm
+from workers.agent.guard import Guard, GuardLink
+from workers.agent.guest import OURS, look_at
+from workers.agent.journal import Journal
+from workers.agent.monitor import Monitor
+from workers.agent.stage import stage
+from workers.agent.views import prepare, remove
+from workers.sources import open_source
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
+
+REPOSITORY, GROUP = "0a1b", "shop"
+DEADLINE_S = 10.0
+"""Long enough for a busy machine; what a guest is promised is another matter."""
+STAGE_S = 60.0
+LAYOUTS = {
+    "virtio-blk": [LiveDisk("v0"), LiveDisk("v1", format="raw")],
+    "virtio-blk with IOThreads": [LiveDisk("v0", iothread=True), LiveDisk("v1", iothread=True)],
+    "virtio-scsi": [LiveDisk("s0", bus="virtio-scsi")],
+    "virtio-scsi with an IOThread": [LiveDisk("s0", bus="virtio-scsi", iothread=True)],
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def guest(request: pytest.FixtureRequest, guest_kit: GuestKit, tmpfs_path: Path) -> Iterator[LiveGuest]:
+    with running_guest(guest_kit, tmpfs_path / "guest", LAYOUTS[request.param]) as running:
+        yield running
+
+
+@asynccontextmanager
+async def monitored(guest: LiveGuest, directory: Path) -> AsyncIterator[Vm]:
+    """Under a guard in a thread of this process: here nobody is killed."""
+    guard = Guard(directory / "guard", print)
+    ends = threading.Event()
+    serving = threading.Thread(target=guard.run, args=(ends.is_set,))
+    serving.start()
+    try:
+        monitor = await Monitor.connect(guest.monitor)
+        link = GuardLink(directory / "guard")
+        try:
+            yield Vm(monitor, link, Journal(directory / "journal"))
+        finally:
+            link.close()
+            await monitor.close()
+    finally:
+        ends.set()
+        serving.join()
+        guard.close()
+
+
+async def cut(vm: Vm, guest: LiveGuest, scratch: Path, parent: int, epoch: int) -> tuple[list[Part], list[Path]]:
+    """Views of all disks, and clones of their images made inside the same stop."""
+    found = await look_at(vm.monitor)
+    parts = []
+    for disk in [found.disk(disk.name) for disk in guest.disks]:
+        rotation = rotate(disk.tracking(), REPOSITORY, GROUP, parent, epoch)
+        parts.append(Part(await prepare(vm.monitor, found, disk, scratch), rotation))
+    async with vm.order:
+        frozen = await vm.freeze(DEADLINE_S)
+        try:
+            await vm.take(frozen, parts)
+            clones = [Path(shutil.copyfile(d.image(guest.directory), scratch / f"{d.name}.clone")) for d in guest.disks]
+        finally:
+            await vm.thaw(frozen)
+    return parts, clones
+
+
+async def ours(vm: Vm) -> list[str]:
+    """What of us is in the guest's QEMU."""
+    nodes = await vm.monitor.execute("query-named-block-nodes", {"flat": True})
+    return [node["node-name"] for node in nodes if node["node-name"].startswith(OURS)]
+
+
+def same_disk(clone: Path, clone_format: str, other: Path, other_format: str) -> bool:
+    command = ["qemu-img", "compare", "-q", "-f", clone_format, "-F", other_format, str(clone), str(other)]
+    done = subprocess.run(command, check=False, timeout=STAGE_S)
+    return done.returncode == 0
+
+
+def test_what_is_staged_is_what_the_disks_held_at_the_cut(guest: LiveGuest, tmpfs_path: Path) -> None:
+    async def check() -> None:
+        async with monitored(guest, tmpfs_path) as vm:
+            for epoch in range(1, 4):
+                parts, clones = await cut(vm, guest, tmpfs_path, 0, epoch)
+                guest.wait_until_it_writes()
+                for disk, part, clone in zip(guest.disks, parts, clones, strict=True):
+                    staged = await stage(vm, part.view, (), STAGE_S)
+                    await remove(vm.monitor, part.view)
+                    assert same_disk(clone, disk.format, staged.image, "qcow2"), (epoch, disk.name)
+                    staged.image.unlink()
+            assert await ours(vm) == []
+            guest.wait_until_it_writes()
+
+    asyncio.run(check())
+
+
+def test_what_bitmaps_name_is_all_that_changed_also_over_aborted_epochs(guest: LiveGuest, tmpfs_path: Path) -> None:
+    """Of every third epoch nothing is read, as if it had been aborted."""
+    copies = [tmpfs_path / f"{disk.name}.copy" for disk in guest.disks]
+    for disk, copy in zip(guest.disks, copies, strict=True):
+        with copy.open("wb") as file:
+            file.truncate(disk.size)
+
+    async def check() -> None:
+        async with monitored(guest, tmpfs_path) as vm:
+            point = 0
+            for epoch in range(1, 11):
+                parts, clones = await cut(vm, guest, tmpfs_path, point, epoch)
+                for disk, part, clone, copy in zip(guest.disks, parts, clones, copies, strict=True):
+                    assert (part.rotation.compare == "") == (point > 0)
+                    if epoch % 3 != 0:
+                        staged = await stage(vm, part.view, part.rotation.changed, STAGE_S)
+                        assert 0 < write_staged(staged.image, copy) < disk.size or point == 0
+                        staged.image.unlink()
+                        assert same_disk(clone, disk.format, copy, "raw"), (epoch, disk.name)
+                    await remove(vm.monitor, part.view)
+                if epoch % 3 != 0:
+                    point = epoch
+                await tidy(vm, guest, point)
+            assert await ours(vm) == []
+
+    asyncio.run(check())
+
+
+async def tidy(vm: Vm, guest: LiveGuest, point: int) -> None:
+    found = await look_at(vm.monitor)
+    for disk in [found.disk(disk.name) for disk in guest.disks]:
+        for name in leftovers(disk.tracking(), REPOSITORY, GROUP, point):
+            await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
+
+
+def write_staged(image: Path, copy: Path) -> int:
+    """Write what an image holds, and nothing else, over a raw copy; how many bytes that was."""
+    written = 0
+    source = open_source(parse(str(image)), Sync.TOP, None, Access(["/"], []))
+    try:
+        with copy.open("r+b") as file:
+            for extent in source.extents(0, source.size):
+                data = bytearray(extent.length)
+                if not extent.reads_as_zeroes:
+                    source.read_into(extent.offset, memoryview(data))
+                file.seek(extent.offset)
+                written += file.write(data)
+    finally:
+        source.close()
+    return written

@@ -1,0 +1,140 @@
+"""Live guests of tests: a Linux in a QEMU, with disks and IOThreads as wanted, that writes all the time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.guest import Guest, GuestKit
+from tests.stack import wait_until
+
+MIB = 1024 * 1024
+WRITES_S = 30.0
+_SCRIPT = """\
+chmod +x /test/writer
+for disk in {names}; do until test -b $disk; do sleep 0.1; done; done
+{wait}/test/writer {words}
+"""
+_WAIT_FOR_PORT = "until test -c /dev/vport*p1; do sleep 0.1; done\n"
+_WRITER = Path(__file__).with_name("guest_writer.c")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDisk:
+    """A disk with the device `name` and the node `name`-node."""
+
+    name: str
+    bus: str = "virtio-blk"
+    """Or virtio-scsi."""
+    format: str = "qcow2"
+    iothread: bool = False
+    size: int = 64 * MIB
+
+    @property
+    def node(self) -> str:
+        return f"{self.name}-node"
+
+    def image(self, directory: Path) -> Path:
+        return directory / f"{self.name}.{self.format}"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGuest:
+    guest: Guest
+    monitor: Path
+    """For whoever is tested."""
+    directory: Path
+    disks: tuple[LiveDisk, ...]
+
+    def pid(self) -> int:
+        return self.guest.pid
+
+    def wait_until_it_writes(self) -> None:
+        """More than it has until now."""
+        seen = self.guest.console().count("wrote ")
+        wait_until(lambda: self.guest.console().count("wrote ") > seen, f"more writes of {self.directory}", WRITES_S)
+
+
+@contextmanager
+def running_guest(kit: GuestKit, directory: Path, disks: Sequence[LiveDisk]) -> Iterator[LiveGuest]:
+    """A guest whose disks are written at random until it is killed at the end."""
+    with _running(kit, directory, disks, " ".join(_in_guest(disks)), "", []) as guest:
+        guest.guest.wait_for("wrote ")
+        yield guest
+
+
+@contextmanager
+def running_pair(
+    kit: GuestKit, directory: Path, lead: LiveDisk, follow: LiveDisk
+) -> Iterator[tuple[LiveGuest, LiveGuest]]:
+    """Two guests that write in turns: the first writes n, tells the second, which writes n and answers."""
+    directory.mkdir(exist_ok=True)
+    line = directory / "line"
+    chardev = f"socket,id=line,path={line}"
+    ends = {"lead": [f"{chardev},server=on,wait=off"], "follow": [chardev]}
+    port = ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=line,name=line"]
+    with ExitStack() as stack:
+        guests = []
+        for (part, words), disk in zip(ends.items(), (lead, follow), strict=True):
+            writer = f"{part} /dev/vport*p1 {_in_guest([disk])[0]}"
+            extra = ["-chardev", *words, *port]
+            guest = _running(kit, directory / part, [disk], writer, _WAIT_FOR_PORT, extra)
+            guests.append(stack.enter_context(guest))
+        for one in guests:
+            one.guest.wait_for("wrote ")
+        yield guests[0], guests[1]
+
+
+@contextmanager
+def _running(
+    kit: GuestKit, directory: Path, disks: Sequence[LiveDisk], words: str, wait: str, extra: Sequence[str]
+) -> Iterator[LiveGuest]:
+    directory.mkdir(exist_ok=True)
+    script = _SCRIPT.format(names=" ".join(_in_guest(disks)), words=words, wait=wait)
+    initramfs = kit.initramfs(directory, script, {"writer": compiled(directory)})
+    for disk in disks:
+        command = ["qemu-img", "create", "-q", "-f", disk.format, str(disk.image(directory)), str(disk.size)]
+        subprocess.run(command, check=True, timeout=30)
+    monitor = directory / "qmp"
+    qmp = ["-chardev", f"socket,id=m0,path={monitor},server=on,wait=off", "-mon", "chardev=m0,mode=control"]
+    command = kit.command(initramfs, [], extra=[*qmp, *extra, *_words(disks, directory)])
+    with Guest(command, directory / "console") as guest:
+        yield LiveGuest(guest, monitor, directory, tuple(disks))
+
+
+def _in_guest(disks: Sequence[LiveDisk]) -> list[str]:
+    """How the guest calls them: each bus in the order of the command line."""
+    counts = {"virtio-blk": 0, "virtio-scsi": 0}
+    names = []
+    for disk in disks:
+        letter = chr(ord("a") + counts[disk.bus])
+        counts[disk.bus] += 1
+        names.append(f"/dev/{'vd' if disk.bus == 'virtio-blk' else 'sd'}{letter}")
+    return names
+
+
+def _words(disks: Sequence[LiveDisk], directory: Path) -> list[str]:
+    words = []
+    for disk in disks:
+        file = {"driver": "file", "filename": str(disk.image(directory)), "discard": "unmap"}
+        words += ["-blockdev", json.dumps({"driver": disk.format, "node-name": disk.node, "file": file})]
+        thread = f",iothread={disk.name}-thread" if disk.iothread else ""
+        if disk.iothread:
+            words += ["-object", f"iothread,id={disk.name}-thread"]
+        if disk.bus == "virtio-scsi":
+            words += ["-device", f"virtio-scsi-pci,id={disk.name}-bus{thread}"]
+            words += ["-device", f"scsi-hd,id={disk.name},drive={disk.node},bus={disk.name}-bus.0"]
+        else:
+            words += ["-device", f"virtio-blk-pci,id={disk.name},drive={disk.node}{thread}"]
+    return words
+
+
+def compiled(directory: Path) -> bytes:
+    """The writer, as a program that needs nothing of the guest."""
+    program = directory / "writer"
+    subprocess.run(["gcc", "-static", "-O2", "-Wall", "-o", str(program), str(_WRITER)], check=True, timeout=60)
+    return program.read_bytes()

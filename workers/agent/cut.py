@@ -1,0 +1,141 @@
+"""A guest's part of a cut: stopped, its bitmaps rotated and its views put in place, running again.
+
+    freeze()    stop; from here on the guest's deadline runs
+    take()      rotate bitmaps, insert views
+    thaw()      cont
+
+A cut counts only if nobody let the guest run in between: the monitor's own stream of events must show no RESUME from
+the stop to the last answer. A guest that was not running before is cut as it is, and stays as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.model.bitmap import Rotation
+from coordinator.model.errors import NotFoundError, RefusedError
+from workers.agent import views
+from workers.agent.guard import GuardLink
+from workers.agent.journal import Journal
+from workers.agent.monitor import GuestSilentError, Monitor
+from workers.agent.views import View
+
+_RAN = frozenset({"RESUME", "WAKEUP"})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a cut does to one disk."""
+
+    view: View
+    rotation: Rotation
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Since when a guest stands still; `ends_at` is when it has to run again, both monotonic seconds."""
+
+    heard: int
+    """The last event before it was stopped."""
+    was_running: bool
+    stopped_at: float
+    ends_at: float
+
+
+class Vm:
+    """A guest under its monitor. `order` is held by whoever stops, continues or finalizes a job: with an IOThread, QEMU
+    aborts if a job ends just when it is stopped or continued."""
+
+    def __init__(self, monitor: Monitor, guard: GuardLink, journal: Journal) -> None:
+        self.monitor = monitor
+        self.order = asyncio.Lock()
+        self._guard = guard
+        self._journal = journal
+
+    async def freeze(self, deadline_s: float) -> Frozen:
+        """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError while it is
+        migrated; UnavailableError if the guard or the journal fails, and then it is not stopped."""
+        status = await self.monitor.execute("query-status")
+        if status["status"] in ("inmigrate", "finish-migrate"):
+            raise RefusedError("the guest is being migrated", "try again when that is done")
+        was_running = bool(status["running"])
+        if was_running:
+            await asyncio.to_thread(self._journal.write, self.monitor.path)
+            await asyncio.to_thread(self._guard.freeze, self._name, self.monitor.fileno(), deadline_s)
+        heard, begun = self.monitor.heard, time.monotonic()
+        frozen = Frozen(heard, was_running, begun, begun + deadline_s)
+        if was_running:
+            try:
+                await self.monitor.execute("stop", timeout_s=deadline_s)
+            except BaseException:
+                await self.thaw(frozen)
+                raise
+        return frozen
+
+    async def take(self, frozen: Frozen, parts: Sequence[Part]) -> None:
+        """Rotate and insert, all within the deadline. RefusedError if the guest ran meanwhile: the views are worth
+        nothing then. After any error they are to be removed."""
+        if parts:
+            await self.monitor.execute("transaction", {"actions": _actions(parts)}, _left(frozen))
+        await views.insert(self.monitor, [part.view for part in parts], _left(frozen))
+        status = await self.monitor.execute("query-status", timeout_s=_left(frozen))
+        ran = [event.name for event in self.monitor.events_since(frozen.heard) if event.name in _RAN]
+        if status["running"] or ran:
+            raise RefusedError(
+                "somebody let the guest run while it was cut",
+                "keep others from continuing it, or give it a longer deadline",
+            )
+
+    async def thaw(self, frozen: Frozen) -> float:
+        """Let the guest run again if it did before; how long it stood still, in seconds. GuestSilentError: then the
+        guard goes on with it."""
+        if not frozen.was_running:
+            return 0.0
+        await self.monitor.execute("cont")
+        stood_s = time.monotonic() - frozen.stopped_at
+        await asyncio.to_thread(self._guard.thawed, self._name)
+        await asyncio.to_thread(self._journal.erase, self.monitor.path)
+        return stood_s
+
+    @property
+    def _name(self) -> str:
+        return str(self.monitor.path)
+
+
+async def let_run(journal: Journal) -> list[str]:
+    """Let guests run that an agent and a guard, both killed, have left stopped; what was done, a sentence each."""
+    done = []
+    for path in journal.frozen():
+        try:
+            monitor = await Monitor.connect(path)
+        except NotFoundError:
+            done.append(f"{path} has ended since it was stopped")
+        else:
+            try:
+                await monitor.execute("cont")
+                done.append(f"let {path} run, which stood still since its agent was killed")
+            finally:
+                await monitor.close()
+        journal.erase(path)
+    return done
+
+
+def _left(frozen: Frozen) -> float:
+    left = frozen.ends_at - time.monotonic()
+    if left <= 0:
+        raise GuestSilentError("the guest was not cut within its deadline", "give it a longer one")
+    return left
+
+
+def _actions(parts: Sequence[Part]) -> list[dict[str, object]]:
+    actions: list[dict[str, object]] = []
+    for part in parts:
+        disk, rotation = part.view.disk, part.rotation
+        new = {"node": disk.node, "name": rotation.add, "persistent": disk.keeps_bitmaps}
+        actions.append({"type": "block-dirty-bitmap-add", "data": new})
+        olds = [{"node": disk.node, "name": name} for name in rotation.disable]
+        actions += [{"type": "block-dirty-bitmap-disable", "data": old} for old in olds]
+    return actions

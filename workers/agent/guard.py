@@ -1,0 +1,301 @@
+"""The guard: one process a host that lets guests run again when the agent does not.
+
+::
+
+    agent ── unix socket ──> guard
+      freeze NAME, deadline, a duplicate of the monitor's descriptor     before `stop` is sent
+      thawed NAME                                                        after the answer to `cont`
+      (the connection ends)                                              the agent is gone: all of its guests, at once
+
+A monitor has one client, so the guard never connects to one: it holds a duplicate of the descriptor the agent speaks
+on, and all it ever writes there is `cont`. QEMU answers that to whoever reads the connection, under an id that the
+agent does not know and drops. A guest that runs already takes it for nothing, so the guard goes on with it until the
+agent says that the guest runs: an agent that sleeps may send its `stop` when it wakes, long after the deadline.
+
+Of an agent that is gone the guard has the last descriptor, and reads the answer before it closes that: QEMU may notice
+the end of a connection first, and drop what it has not read of it.
+
+It is started and ended apart from the agent, in a cgroup of its own, since what kills or stops the one must not meet
+the other. It needs neither the ledger nor the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
+from coordinator.settings import load_settings
+
+MESSAGE_BYTES = 4096
+END_S = 2.0
+"""How long a guard that is told to end waits for answers."""
+_READ_BYTES = 65536
+AGAIN_S = 0.2
+"""How often a guest whose deadline is over is told to run."""
+MOST_FREEZES = 4096
+
+
+@dataclass(slots=True)
+class _Freeze:
+    """A guest that stands still until `ends_at` (monotonic), at the latest."""
+
+    name: str
+    agent: int
+    monitor: socket.socket
+    ends_at: float
+    """When it is told to run, and then again and again."""
+    is_told: bool = False
+    told: int = 0
+    """How often `cont` was sent; the answer to the last one tells that it runs."""
+    heard: bytes = b""
+    """What QEMU said last, once the agent is gone."""
+
+    @property
+    def id(self) -> str:
+        return f"flushpoint-guard-{self.told}"
+
+
+class Guard:
+    """Serves the agents that connect to a unix socket. One thread; every step is short."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        """RefusedError if another guard serves that path."""
+        self._say = say
+        self._freezes: dict[tuple[int, str], _Freeze] = {}
+        """By the agent's connection and the guest's name."""
+        self._orphans: dict[socket.socket, _Freeze] = {}
+        """By their monitors: those whose agents are gone."""
+        self._selector = selectors.DefaultSelector()
+        self._listener = _listen(path)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Until `until` says so; it is asked at least once a second."""
+        while not until():
+            self._step(self._wait_s())
+
+    def _step(self, wait_s: float) -> None:
+        for key, _ in self._selector.select(wait_s):
+            ready = key.fileobj
+            assert isinstance(ready, socket.socket)
+            if ready is self._listener:
+                self._accept()
+            elif ready in self._orphans:
+                self._read_answer(self._orphans[ready])
+            else:
+                self._hear(ready)
+        self._thaw_overdue()
+
+    def close(self) -> None:
+        """Nobody is left behind: agents that live still have their monitors, and what they froze is told to run."""
+        for freeze in self._freezes.values():
+            freeze.ends_at = 0.0
+        self._thaw_overdue()
+        ends_at = time.monotonic() + END_S
+        while self._orphans and time.monotonic() < ends_at:
+            self._step(AGAIN_S)
+        for freeze in self._freezes.values():
+            freeze.monitor.close()
+        for key in list(self._selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+        self._selector.close()
+
+    def _wait_s(self) -> float:
+        ends_at = min((freeze.ends_at for freeze in self._all()), default=float("inf"))
+        return max(0.0, min(1.0, ends_at - time.monotonic()))
+
+    def _accept(self) -> None:
+        agent, _ = self._listener.accept()
+        agent.setblocking(False)
+        self._selector.register(agent, selectors.EVENT_READ)
+
+    def _hear(self, agent: socket.socket) -> None:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(agent, MESSAGE_BYTES, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, descriptors = b"", []
+        if not data:
+            self._selector.unregister(agent)
+            self._thaw_all_of(agent.fileno())
+            agent.close()
+            return
+        try:
+            self._obey(agent, json.loads(data), descriptors)
+            answer = {"ok": True, "error": ""}
+        except (ValueError, KeyError, TypeError) as error:
+            answer = {"ok": False, "error": str(error)}
+        for descriptor in descriptors:  # those that were wanted were duplicated
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # it is gone, and the next look at it says so
+            agent.send(json.dumps(answer).encode())
+
+    def _obey(self, agent: socket.socket, message: dict[str, object], descriptors: list[int]) -> None:
+        name = str(message["guest"])
+        key = (agent.fileno(), name)
+        match message["do"]:
+            case "freeze":
+                if len(descriptors) != 1 or len(self._freezes) >= MOST_FREEZES:
+                    raise ValueError("a freeze comes with the descriptor of one monitor")
+                deadline_s = float(str(message["deadline_s"]))
+                if not 0 < deadline_s <= 60:
+                    raise ValueError("a deadline is more than none and at most a minute")
+                if key in self._freezes:
+                    raise ValueError(f"{name} was not said to run yet")
+                monitor = socket.socket(fileno=os.dup(descriptors[0]))
+                self._freezes[key] = _Freeze(name, agent.fileno(), monitor, time.monotonic() + deadline_s)
+            case "thawed":
+                if key in self._freezes:
+                    self._freezes.pop(key).monitor.close()
+            case other:
+                raise ValueError(f"a guard does not {other}")
+
+    def _all(self) -> Iterator[_Freeze]:
+        yield from self._freezes.values()
+        yield from self._orphans.values()
+
+    def _thaw_overdue(self) -> None:
+        for freeze in list(self._all()):
+            if freeze.ends_at > time.monotonic():
+                continue
+            freeze.ends_at = time.monotonic() + AGAIN_S
+            if _let_run(freeze) and not freeze.is_told:
+                freeze.is_told = True
+                why = "its agent is gone" if freeze.monitor in self._orphans else "its deadline is over"
+                self._say(f"let {freeze.name} run: {why}")
+
+    def _thaw_all_of(self, agent: int) -> None:
+        """Its agent is gone, and with it whoever could stop one of them again."""
+        for key, freeze in list(self._freezes.items()):
+            if freeze.agent == agent:
+                del self._freezes[key]
+                freeze.is_told, freeze.ends_at = False, 0.0
+                self._orphans[freeze.monitor] = freeze
+                self._selector.register(freeze.monitor, selectors.EVENT_READ)
+        self._thaw_overdue()
+
+    def _read_answer(self, freeze: _Freeze) -> None:
+        try:
+            data = freeze.monitor.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        answer = f'"{freeze.id}"'.encode()
+        freeze.heard = freeze.heard[-len(answer) :] + data
+        if not data or answer in freeze.heard:  # the guest has ended, or runs
+            self._selector.unregister(freeze.monitor)
+            del self._orphans[freeze.monitor]
+            freeze.monitor.close()
+
+
+def _let_run(freeze: _Freeze) -> bool:
+    """False if QEMU reads nothing now; then it is told again."""
+    freeze.told += 1
+    command = json.dumps({"execute": "cont", "id": freeze.id}).encode() + b"\n"
+    try:
+        return freeze.monitor.send(command, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) > 0
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # the guest has ended
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        try:
+            other.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            path.unlink(missing_ok=True)
+        else:
+            listener.close()
+            raise RefusedError(f"a guard serves {path} already", "there is one a host; use that")
+    old = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(old)
+    listener.listen(16)
+    listener.setblocking(False)
+    return listener
+
+
+class GuardLink:
+    """The agent's end. Calls take microseconds on a host that is well, and are bounded on one that is not."""
+
+    TIMEOUT_S = 1.0
+
+    def __init__(self, path: Path) -> None:
+        """UnavailableError where no guard serves `path`: without one no guest is ever stopped."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(self.TIMEOUT_S)
+        self._path = path
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise UnavailableError(
+                f"no guard answers at {path} ({error.strerror}), and without one no guest is stopped",
+                "start flushpoint guard on this host",
+            ) from error
+
+    def freeze(self, guest: str, monitor: int, deadline_s: float) -> None:
+        """Before `stop`: from here on the guard will let the guest run after `deadline_s`. UnavailableError."""
+        self._ask({"do": "freeze", "guest": guest, "deadline_s": deadline_s}, [monitor])
+
+    def thawed(self, guest: str) -> None:
+        """After `cont`."""
+        self._ask({"do": "thawed", "guest": guest}, [])
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _ask(self, message: dict[str, object], descriptors: list[int]) -> None:
+        try:
+            socket.send_fds(self._socket, [json.dumps(message).encode()], descriptors)
+            answer = json.loads(self._socket.recv(MESSAGE_BYTES) or b"{}")
+        except OSError as error:
+            raise UnavailableError(f"the guard at {self._path} does not answer ({error})", "look at its log") from error
+        if not answer.get("ok"):
+            why = answer.get("error", "it has ended")
+            raise UnavailableError(f"the guard at {self._path} refused: {why}", "look at its log")
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT; what the guard does is told on stderr."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        path = Path(load_settings().guard_socket)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        guard = Guard(path, lambda text: print(f"guard: {text}", file=sys.stderr, flush=True))
+    except OSError as error:
+        print(f"flushpoint guard: {error}. Run it as a user who may listen there", file=sys.stderr)
+        return RefusedError.exit_code
+    except FlushpointError as error:
+        print(f"flushpoint guard: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        guard.run(ended.is_set)
+    finally:
+        guard.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Which guests of a host stand still because of us, on disk: for the case that agent and guard are both killed.
+
+A file for each, written before the guest is stopped and removed when it runs again. An agent that starts lets run what
+it finds here, before it does anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from coordinator.model.errors import UnavailableError
+
+_ENDING = ".frozen"
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """`directory` is on a disk of the host's own, and the agent's alone."""
+
+    directory: Path
+
+    def write(self, monitor: Path) -> None:
+        """Durable when it returns. UnavailableError: then the guest is not stopped."""
+        path = self._path(monitor)
+        with self._told("written"):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary = path.with_suffix(".new")
+            with temporary.open("w") as file:
+                json.dump({"monitor": str(monitor)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            self._sync()
+
+    def erase(self, monitor: Path) -> None:
+        """Not durable at once: an entry too many lets a guest run that does already."""
+        with self._told("erased"):
+            self._path(monitor).unlink(missing_ok=True)
+
+    def frozen(self) -> Iterator[Path]:
+        """The monitors of guests that were stopped and, as far as is known, not let run."""
+        if not self.directory.is_dir():
+            return
+        for path in sorted(self.directory.glob(f"*{_ENDING}")):
+            try:
+                yield Path(str(json.loads(path.read_text())["monitor"]))
+            except (ValueError, KeyError):
+                path.unlink(missing_ok=True)  # cut off by a crash before it was renamed: nothing was stopped yet
+
+    def _path(self, monitor: Path) -> Path:
+        return self.directory / f"{sha256(str(monitor).encode()).hexdigest()[:32]}{_ENDING}"
+
+    def _sync(self) -> None:
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnavailableError(
+                f"the journal of stopped guests in {self.directory} cannot be {what}: {error.strerror}",
+                "make room there, or name another directory",
+            ) from error

@@ -1,0 +1,214 @@
+"""A guest's QMP monitor (docs/interop/qmp-spec.rst of QEMU).
+
+A monitor has one client at a time: a second one connects and waits for a greeting that does not come. So one process a
+host, the agent, has them all, and whoever else has to speak on one is given a duplicate of its descriptor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+from qemu.qmp import (
+    ConnectError,
+    EventListener,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+)
+
+from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
+
+CONNECT_S = 2.0
+ANSWER_S = 10.0
+"""For what a guest does not wait for. A monitor that is silent for longer belongs to a QEMU that hangs."""
+EVENTS = 1000
+"""How many of the latest events are remembered; a cut needs those of its own second."""
+
+ALLOWED = frozenset(
+    {
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-merge",
+        "block-dirty-bitmap-remove",
+        "blockdev-add",
+        "blockdev-backup",
+        "blockdev-del",
+        "cont",
+        "job-cancel",
+        "job-dismiss",
+        "job-finalize",
+        "qom-get",
+        "qom-set",
+        "query-block",
+        "query-jobs",
+        "query-named-block-nodes",
+        "query-status",
+        "query-version",
+        "stop",
+        "transaction",
+    }
+)
+"""All that is ever said to a guest's QEMU."""
+
+_PEER = struct.Struct("iII")
+
+
+class GuestRefusedError(RefusedError):
+    """QEMU understood a command and did not do it; the message has QEMU's own words."""
+
+    code = "guest-refused"
+
+
+class GuestSilentError(UnavailableError):
+    """No answer in time, or the connection broke: whether the command was done is not known."""
+
+    code = "guest-silent"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`number` counts the events of a monitor, from 1."""
+
+    number: int
+    name: str
+    data: Mapping[str, Any]
+
+
+class _Latest(EventListener):
+    """Keeps the last events, where the library's own listener would keep all there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.latest: deque[Event] = deque(maxlen=EVENTS)
+        self.changed = asyncio.Condition()
+
+    async def put(self, event: Message) -> None:
+        self.seen += 1
+        data = cast("Mapping[str, Any]", event.get("data", {}))
+        self.latest.append(Event(self.seen, str(event["event"]), data))
+        async with self.changed:
+            self.changed.notify_all()
+
+
+class Monitor:
+    """An open monitor. Not thread-safe; commands of several tasks are answered in the order they were sent."""
+
+    def __init__(self, path: Path, client: QMPClient, connection: socket.socket, heard: _Latest) -> None:
+        self.path = path
+        self._client = client
+        self._socket = connection
+        self._heard = heard
+
+    @classmethod
+    async def connect(cls, path: Path, timeout_s: float = CONNECT_S) -> Self:
+        """Take the monitor at a unix socket. NotFoundError, RefusedError, UnavailableError."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)
+        spoken_on = connection.dup()
+        client, heard = QMPClient(path.name), _Latest()
+        client.events.event_filter = lambda event: False
+        client.register_listener(heard)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.get_running_loop().sock_connect(connection, str(path))
+                await client.connect(spoken_on)
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                await client.disconnect()
+            for one in (connection, spoken_on):
+                one.close()
+            refusal = _refusal(path, error)
+            if refusal is None:
+                raise
+            raise refusal from error
+        return cls(path, client, connection, heard)
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, timeout_s: float = ANSWER_S
+    ) -> Any:
+        """What QEMU returns. GuestRefusedError; GuestSilentError, after which the monitor is to be closed."""
+        if command not in ALLOWED:
+            raise ValueError(f"{command} is not on the list of commands that guests are sent")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise GuestRefusedError(f"{self.path} refused {command}: {error}") from error
+        except TimeoutError as error:
+            raise GuestSilentError(
+                f"{self.path} has not answered {command} for {timeout_s:g} s", "look whether its QEMU hangs"
+            ) from error
+        except QMPError as error:
+            raise GuestSilentError(
+                f"{self.path} went away during {command}", "look whether its QEMU has ended"
+            ) from error
+
+    @property
+    def heard(self) -> int:
+        """The number of the last event so far. What came before a command's answer is counted when it returns."""
+        return self._heard.seen
+
+    def events_since(self, number: int) -> Sequence[Event]:
+        """Those after event `number`; GuestSilentError if some of them are forgotten, so that nobody concludes from
+        their absence."""
+        latest = self._heard.latest
+        if self._heard.seen - number > len(latest):
+            raise GuestSilentError(f"{self.path} tells of too much at once", "look at what its QEMU reports")
+        return [event for event in latest if event.number > number]
+
+    async def wait_for(self, names: frozenset[str], since: int, timeout_s: float) -> Event | None:
+        """The first such event after event `since`; None when time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._heard.changed:
+                while True:
+                    for event in self.events_since(since):
+                        if event.name in names:
+                            return event
+                    await self._heard.changed.wait()
+        return None
+
+    def fileno(self) -> int:
+        """Of the connection, to be duplicated for the guard."""
+        return self._socket.fileno()
+
+    def user_of_qemu(self) -> tuple[int, int]:
+        """uid and gid of the process at the other end (unix(7), SO_PEERCRED): who has to be able to open our files."""
+        _, uid, gid = _PEER.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        return uid, gid
+
+    async def close(self) -> None:
+        """Give the monitor back. What was inserted stays where it is."""
+        with contextlib.suppress(Exception):  # however its connection ended: it is not used any more
+            await self._client.disconnect()
+        self._socket.close()
+
+
+def _refusal(path: Path, error: BaseException) -> FlushpointError | None:
+    cause = error.exc if isinstance(error, ConnectError) else error
+    match cause:
+        case FileNotFoundError():
+            return NotFoundError(f"there is no monitor at {path}", "start the guest, or name its QMP socket")
+        case ConnectionRefusedError():
+            return NotFoundError(f"nobody listens at {path}: its guest has ended", "start the guest")
+        case PermissionError():
+            return RefusedError(f"{path} must not be opened by the agent's user", "run the agent as the guest's user")
+        case TimeoutError():
+            return UnavailableError(
+                f"{path} does not greet: another client holds this monitor, or its QEMU hangs",
+                "give the guest a monitor for Flushpoint alone: -qmp unix:PATH,server=on,wait=off",
+            )
+        case OSError() | EOFError() | QMPError():
+            return UnavailableError(f"{path} broke off: {cause}", "look whether it is a QMP monitor of a running guest")
+        case _:
+            return None
