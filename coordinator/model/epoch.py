@@ -1,0 +1,392 @@
+"""The barrier of a group's epoch (DESIGN §6): who takes part, who has arrived, and whether all may cut.
+
+Nothing but `TRANSITIONS` and `transition_is_legal` decides which phase may follow which::
+
+    preparing ──> freezing ──> cutting ──> taken ──> retired
+        │            │            │          │
+        └────────────┴────────────┴──────────┴─────> aborted
+
+    go key: open     open         go         go        go       (aborted: abort; go, where it was given up after that)
+
+Guests run while they prepare. When the last participant is PREPARED all may freeze, and the time for it runs. The last
+one FROZEN turns the go key to GO, unless that time is over; then it turns to ABORT. Participants act on its value
+alone, never on a clock of theirs. Each then cuts and thaws, and the epoch lives on if all are CUT.
+
+Times are whole milliseconds of the ledger's clock: one clock decides which arrival came in time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from coordinator.model.errors import NotFoundError, RefusedError, UsageError
+from coordinator.model.repository_uri import is_name
+
+
+class Phase(enum.StrEnum):
+    PREPARING = "preparing"
+    """All guests run; scratch, nodes and host caches are made ready."""
+    FREEZING = "freezing"
+    """All were PREPARED: guests may be stopped, until the deadline."""
+    CUTTING = "cutting"
+    """All were FROZEN in time: the go key says GO, views are taken, guests go on."""
+    TAKEN = "taken"
+    """All are CUT: the views are copied, flushed and sealed."""
+    RETIRED = "retired"
+    """Published by its manifest: views go, and the bitmaps that it covers."""
+    ABORTED = "aborted"
+    """Nothing comes of it: views go, bitmaps stay."""
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.PREPARING: frozenset({Phase.FREEZING, Phase.ABORTED}),
+    Phase.FREEZING: frozenset({Phase.CUTTING, Phase.ABORTED}),
+    Phase.CUTTING: frozenset({Phase.TAKEN, Phase.ABORTED}),
+    Phase.TAKEN: frozenset({Phase.RETIRED, Phase.ABORTED}),
+    Phase.RETIRED: frozenset(),
+    Phase.ABORTED: frozenset(),
+}
+OVER = frozenset(phase for phase, following in TRANSITIONS.items() if not following)
+
+
+class GoKey(enum.StrEnum):
+    OPEN = "open"
+    GO = "go"
+    """Cut and thaw; whatever becomes of the epoch, this is never taken back."""
+    ABORT = "abort"
+    """Thaw without a cut."""
+
+
+class Arrival(enum.StrEnum):
+    PREPARED = "prepared"
+    FROZEN = "frozen"
+    CUT = "cut"
+
+
+COUNTS_IN = {Arrival.PREPARED: Phase.PREPARING, Arrival.FROZEN: Phase.FREEZING, Arrival.CUT: Phase.CUTTING}
+"""The one phase in which an arrival counts. In an earlier one it is a mistake, in a later one it comes too late."""
+_BEFORE_GO = frozenset({Phase.PREPARING, Phase.FREEZING})
+
+
+def transition_is_legal(old: Phase, new: Phase) -> bool:
+    return new in TRANSITIONS[old]
+
+
+def is_early(arrival: Arrival, phase: Phase) -> bool:
+    """Whether the phase in which the arrival counts is still to come."""
+    return COUNTS_IN[arrival] in _still_to_come(phase)
+
+
+def _still_to_come(phase: Phase) -> frozenset[Phase]:
+    following = TRANSITIONS[phase]
+    return following.union(*map(_still_to_come, following))
+
+
+class Participant(BaseModel):
+    """A virtual machine with disks in the group."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vm: str
+    """Its name, by which it arrives."""
+    host: str
+    """Whose agent drives it."""
+    qmp: str = ""
+    """Path of its monitor on that host."""
+    disks: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_are_well_formed(self) -> Self:
+        for name in (self.vm, self.host, *self.disks):
+            if not is_name(name):
+                raise ValueError(f"{name!r} is no name of a machine, a host or a disk")
+        if len(set(self.disks)) < len(self.disks):
+            raise ValueError(f"a disk of {self.vm} is named twice")
+        return self
+
+
+class EpochSpec(BaseModel):
+    """What the coordinator opens an epoch with, and all that agents need to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    participants: tuple[Participant, ...] = Field(min_length=1)
+    prepare_ms: int = Field(gt=0)
+    """How long to wait for the last one PREPARED."""
+    freeze_ms: int = Field(gt=0)
+    """From the last one PREPARED until all must be FROZEN; no guest is stopped for longer."""
+    consistency: Literal["crash", "filesystem"] = "crash"
+    """filesystem: file systems are frozen before a guest is stopped, where it lets us."""
+    repository: str = ""
+    """Its id, for the names of bitmaps."""
+    published: int = 0
+    """The group's newest recovery point: frozen bitmaps of later epochs are part of what is dirty. 0: none."""
+
+    @model_validator(mode="after")
+    def _machines_differ(self) -> Self:
+        names = [participant.vm for participant in self.participants]
+        if len(set(names)) < len(names):
+            raise ValueError("a machine takes part twice")
+        return self
+
+    @property
+    def vms(self) -> tuple[str, ...]:
+        return tuple(participant.vm for participant in self.participants)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Each once, in the order of the participants."""
+        return tuple(dict.fromkeys(participant.host for participant in self.participants))
+
+
+class ViewKind(enum.StrEnum):
+    """How a disk's view is read (QEMU.md)."""
+
+    FLEECE = "fleece"
+    """From an export of the guest's own QEMU."""
+    STAGE = "stage"
+    """From a second image on the host, to which the view was copied."""
+
+
+class DiskView(BaseModel):
+    """What became of one disk at the cut."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    disk: str
+    kind: ViewKind
+    why: str = ""
+    """Why this kind."""
+
+
+class CutFacts(BaseModel):
+    """What a participant tells when it is CUT, for the label of the recovery point."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cut_at: float
+    """Unix time in seconds, by the clock of its host."""
+    freeze_ms: float = Field(ge=0)
+    """How long the guest stood still; 0 for one that was not running."""
+    filesystem_consistent: bool
+    fallback: str = ""
+    """Why it is not, where that was asked for."""
+    views: tuple[DiskView, ...]
+    """One of each disk."""
+
+
+class Standing(BaseModel):
+    """What participants act on: the answer to every arrival, and the content of every piece of news."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    phase: Phase
+    key: GoKey
+    why: str = ""
+    """Why it was aborted."""
+    left_ms: int = 0
+    """Until this phase times out, as of the answer; 0 where it does not. A participant that has heard nothing when
+    they are over asks for a time-out, and goes on waiting if the ledger's clock knows better."""
+
+
+class Epoch(BaseModel):
+    """An epoch as the ledger keeps it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    group: str
+    number: int
+    spec: EpochSpec
+    phase: Phase = Phase.PREPARING
+    key: GoKey = GoKey.OPEN
+    why: str = ""
+    """Why it was aborted; begins with the machine that did it, if one did."""
+    opened_ms: int
+    prepare_by_ms: int
+    freeze_by_ms: int = 0
+    """0 until all are PREPARED."""
+    go_ms: int = 0
+    """When the go key became GO: the hold time of views runs from here."""
+    over_ms: int = 0
+    prepared: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
+    cuts: Mapping[str, CutFacts] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}@{self.number}"
+
+    @property
+    def is_over(self) -> bool:
+        return self.phase in OVER
+
+    def arrived(self, arrival: Arrival) -> frozenset[str]:
+        """Which participants; a set, so that arriving twice is arriving once."""
+        return {
+            Arrival.PREPARED: self.prepared,
+            Arrival.FROZEN: self.frozen,
+            Arrival.CUT: frozenset(self.cuts),
+        }[arrival]
+
+    def participant(self, vm: str) -> Participant:
+        """NotFoundError for one that takes no part."""
+        for participant in self.spec.participants:
+            if participant.vm == vm:
+                return participant
+        raise NotFoundError(f"{vm!r} takes no part in epoch {self.name}")
+
+    def on(self, host: str) -> tuple[Participant, ...]:
+        return tuple(participant for participant in self.spec.participants if participant.host == host)
+
+    def standing(self, now_ms: int) -> Standing:
+        over_at = {Phase.PREPARING: self.prepare_by_ms, Phase.FREEZING: self.freeze_by_ms}.get(self.phase, now_ms)
+        return Standing(phase=self.phase, key=self.key, why=self.why, left_ms=max(0, over_at - now_ms))
+
+
+def open_epoch(group: str, number: int, spec: EpochSpec, now_ms: int) -> Epoch:
+    return Epoch(
+        group=checked_group(group),
+        number=number,
+        spec=spec,
+        opened_ms=now_ms,
+        prepare_by_ms=now_ms + spec.prepare_ms,
+    )
+
+
+def arrive(epoch: Epoch, vm: str, arrival: Arrival, now_ms: int, facts: CutFacts | None = None) -> Epoch:
+    """A participant has prepared, frozen, or cut (with `facts`).
+
+    An arrival that was counted before changes nothing, whenever it comes again, and neither does one that comes too
+    late: the answer tells what to do. One that comes too early was made without being told to: RefusedError.
+    """
+    epoch.participant(vm)
+    if vm in epoch.arrived(arrival):
+        return epoch
+    epoch = time_out(epoch, now_ms)
+    if is_early(arrival, epoch.phase):
+        raise too_early(epoch.name, vm, arrival, epoch.phase)
+    if epoch.phase is not COUNTS_IN[arrival]:
+        return epoch
+    if arrival is Arrival.CUT:
+        if facts is None:
+            raise ValueError("a cut comes with its facts")
+        epoch = epoch.model_copy(update={"cuts": {**epoch.cuts, vm: facts}})
+    else:
+        epoch = epoch.model_copy(update={arrival.value: epoch.arrived(arrival) | {vm}})
+    if len(epoch.arrived(arrival)) < len(epoch.spec.participants):
+        return epoch
+    return _ON_LAST[arrival](epoch, now_ms)
+
+
+def time_out(epoch: Epoch, now_ms: int) -> Epoch:
+    """Somebody has waited long enough, it thinks: abort if the time of this phase is over."""
+    if epoch.phase is Phase.PREPARING and now_ms >= epoch.prepare_by_ms:
+        return _abort(epoch, _missing(epoch, Arrival.PREPARED), now_ms)
+    if epoch.phase is Phase.FREEZING and now_ms >= epoch.freeze_by_ms:
+        return _abort(epoch, _missing(epoch, Arrival.FROZEN), now_ms)
+    return epoch
+
+
+def abort(epoch: Epoch, vm: str, why: str, now_ms: int) -> Epoch:
+    """A participant cannot go on. After GO it changes nothing: all cut then, or tell that they failed to."""
+    epoch.participant(vm)
+    return _abort(epoch, f"{vm}: {why}", now_ms) if epoch.phase in _BEFORE_GO else epoch
+
+
+def fail_cut(epoch: Epoch, vm: str, why: str, now_ms: int) -> Epoch:
+    """After GO a participant's cut failed, or its view broke before all were CUT.
+
+    RefusedError where nobody may cut yet, and where all have: from then on the coordinator decides.
+    """
+    epoch.participant(vm)
+    if is_early(Arrival.CUT, epoch.phase):
+        raise too_early(epoch.name, vm, Arrival.CUT, epoch.phase)
+    if epoch.phase in (Phase.TAKEN, Phase.RETIRED):
+        raise too_late_to_fail(epoch.name, epoch.phase)
+    return _abort(epoch, f"{vm}: {why}", now_ms) if epoch.phase is Phase.CUTTING else epoch
+
+
+def give_up(epoch: Epoch, why: str, now_ms: int) -> Epoch:
+    """The coordinator ends the epoch without result, before GO or later. One that is over stays what it is."""
+    return epoch if epoch.is_over else _abort(epoch, why, now_ms)
+
+
+def retire(epoch: Epoch, now_ms: int) -> Epoch:
+    """Its manifest is written. RefusedError unless all were CUT."""
+    if epoch.phase is Phase.RETIRED:
+        return epoch
+    if not transition_is_legal(epoch.phase, Phase.RETIRED):
+        raise not_taken(epoch.name, epoch.phase)
+    return _move(epoch, Phase.RETIRED, over_ms=now_ms)
+
+
+def checked_group(name: str) -> str:
+    if not is_name(name):
+        raise UsageError(f"{name!r} is no name of a group", "letters, digits, dots, hyphens and underscores")
+    return name
+
+
+def checked_facts(epoch: Epoch, vm: str, facts: CutFacts) -> CutFacts:
+    """ValueError, a mistake of the agent, unless there is one view of each disk: a disk forgotten would be lost."""
+    disks = sorted(epoch.participant(vm).disks)
+    if sorted(view.disk for view in facts.views) != disks:
+        raise ValueError(f"the cut of {vm} needs one view of each of its disks: {', '.join(disks)}")
+    return facts
+
+
+def too_early(name: str, vm: str, arrival: Arrival, phase: Phase) -> RefusedError:
+    return RefusedError(f"{vm} is {arrival} in epoch {name}, which is {phase}: nobody was told to", "thaw it")
+
+
+def too_late_to_fail(name: str, phase: Phase) -> RefusedError:
+    return RefusedError(f"epoch {name} is {phase}: all were cut", "let the coordinator give it up")
+
+
+def not_taken(name: str, phase: Phase) -> RefusedError:
+    return RefusedError(f"epoch {name} is {phase}: only one that was taken can be retired", "give it up instead")
+
+
+def not_over(name: str, phase: Phase) -> RefusedError:
+    return RefusedError(f"epoch {name} is {phase}", "retire it, or give it up, before the next one is opened")
+
+
+def unknown_epoch(name: str) -> NotFoundError:
+    return NotFoundError(f"there is no epoch {name}", "it was over long ago, or is lost: nobody may cut for it")
+
+
+def _all_prepared(epoch: Epoch, now_ms: int) -> Epoch:
+    return _move(epoch, Phase.FREEZING, freeze_by_ms=now_ms + epoch.spec.freeze_ms)
+
+
+def _all_frozen(epoch: Epoch, now_ms: int) -> Epoch:
+    return _move(epoch, Phase.CUTTING, key=GoKey.GO, go_ms=now_ms)
+
+
+def _all_cut(epoch: Epoch, now_ms: int) -> Epoch:
+    return _move(epoch, Phase.TAKEN)
+
+
+_ON_LAST: dict[Arrival, Callable[[Epoch, int], Epoch]] = {
+    Arrival.PREPARED: _all_prepared,
+    Arrival.FROZEN: _all_frozen,
+    Arrival.CUT: _all_cut,
+}
+
+
+def _abort(epoch: Epoch, why: str, now_ms: int) -> Epoch:
+    key = GoKey.ABORT if epoch.key is GoKey.OPEN else epoch.key
+    return _move(epoch, Phase.ABORTED, key=key, why=why, over_ms=now_ms)
+
+
+def _move(epoch: Epoch, phase: Phase, **changes: Any) -> Epoch:
+    assert transition_is_legal(epoch.phase, phase), f"{epoch.phase} to {phase}"
+    return epoch.model_copy(update={"phase": phase, **changes})
+
+
+def _missing(epoch: Epoch, arrival: Arrival) -> str:
+    missing = [vm for vm in epoch.spec.vms if vm not in epoch.arrived(arrival)]
+    return f"not {arrival} in time: {', '.join(missing)}"

@@ -1,0 +1,312 @@
+"""The barrier of an epoch as rules, for arrivals in any order, at any time and as often as may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from coordinator.model.epoch import (
+    OVER,
+    TRANSITIONS,
+    Arrival,
+    CutFacts,
+    DiskView,
+    Epoch,
+    EpochSpec,
+    GoKey,
+    Participant,
+    Phase,
+    ViewKind,
+    abort,
+    arrive,
+    checked_facts,
+    fail_cut,
+    give_up,
+    is_early,
+    open_epoch,
+    retire,
+    time_out,
+    transition_is_legal,
+)
+from coordinator.model.errors import NotFoundError, RefusedError, UsageError
+
+PREPARE_MS = 500
+FREEZE_MS = 100
+FACTS = CutFacts(
+    cut_at=1.5, freeze_ms=7.0, filesystem_consistent=False, views=(DiskView(disk="vda", kind=ViewKind.STAGE),)
+)
+DB = Participant(vm="db", host="hv1", disks=("vda",))
+WEB = Participant(vm="web", host="hv2", disks=("vda",))
+
+
+def opened(*participants: Participant) -> Epoch:
+    spec = EpochSpec(participants=participants or (DB, WEB), prepare_ms=PREPARE_MS, freeze_ms=FREEZE_MS)
+    return open_epoch("shop", 7, spec, 0)
+
+
+def all_arrive(epoch: Epoch, arrival: Arrival, now_ms: int) -> Epoch:
+    for vm in epoch.spec.vms:
+        epoch = arrive(epoch, vm, arrival, now_ms, FACTS)
+    return epoch
+
+
+def freezing() -> Epoch:
+    return all_arrive(opened(), Arrival.PREPARED, 10)
+
+
+def cutting() -> Epoch:
+    return all_arrive(freezing(), Arrival.FROZEN, 20)
+
+
+def taken() -> Epoch:
+    return all_arrive(cutting(), Arrival.CUT, 30)
+
+
+def test_an_epoch_is_taken_when_all_have_prepared_frozen_and_cut() -> None:
+    epoch = freezing()
+    assert (epoch.phase, epoch.key, epoch.freeze_by_ms) == (Phase.FREEZING, GoKey.OPEN, 10 + FREEZE_MS)
+    epoch = all_arrive(epoch, Arrival.FROZEN, 20)
+    assert (epoch.phase, epoch.key, epoch.go_ms) == (Phase.CUTTING, GoKey.GO, 20)
+    epoch = all_arrive(epoch, Arrival.CUT, 30)
+    assert (epoch.phase, epoch.key, dict(epoch.cuts)) == (Phase.TAKEN, GoKey.GO, {"db": FACTS, "web": FACTS})
+    assert retire(epoch, 40).phase is Phase.RETIRED
+
+
+def test_who_is_missing_when_the_time_is_over_is_named() -> None:
+    late = time_out(arrive(opened(), "web", Arrival.PREPARED, 1), PREPARE_MS)
+    assert (late.phase, late.key, late.why) == (Phase.ABORTED, GoKey.ABORT, "not prepared in time: db")
+    late = time_out(arrive(freezing(), "db", Arrival.FROZEN, 20), 10 + FREEZE_MS)
+    assert (late.phase, late.key, late.why) == (Phase.ABORTED, GoKey.ABORT, "not frozen in time: web")
+
+
+def test_the_last_arrival_at_the_deadline_is_too_late() -> None:
+    one_left = arrive(freezing(), "db", Arrival.FROZEN, 20)
+    assert arrive(one_left, "web", Arrival.FROZEN, 10 + FREEZE_MS - 1).key is GoKey.GO
+    assert arrive(one_left, "web", Arrival.FROZEN, 10 + FREEZE_MS).key is GoKey.ABORT
+
+
+def test_a_time_out_that_comes_too_soon_changes_nothing_and_says_how_long_to_wait() -> None:
+    assert time_out(opened(), PREPARE_MS - 1) == opened()
+    assert opened().standing(PREPARE_MS - 1).left_ms == 1
+    assert freezing().standing(10).left_ms == FREEZE_MS
+    assert cutting().standing(20).left_ms == 0
+    assert time_out(cutting(), 10**9) == cutting(), "the coordinator's hold time ends it, not this"
+
+
+@pytest.mark.parametrize("phase", [opened, freezing])
+def test_a_participant_may_abort_before_go(phase: Callable[[], Epoch]) -> None:
+    ended = abort(phase(), "db", "no room for scratch", 25)
+    assert (ended.phase, ended.key, ended.why, ended.over_ms) == (
+        Phase.ABORTED,
+        GoKey.ABORT,
+        "db: no room for scratch",
+        25,
+    )
+
+
+@pytest.mark.parametrize("phase", [cutting, taken])
+def test_an_abort_after_go_changes_nothing(phase: Callable[[], Epoch]) -> None:
+    assert abort(phase(), "db", "too slow", 25) == phase()
+
+
+def test_a_failed_cut_aborts_the_epoch_and_never_takes_go_back() -> None:
+    cut_by_one = arrive(cutting(), "db", Arrival.CUT, 25, FACTS)
+    for vm in ("db", "web"):
+        ended = fail_cut(cut_by_one, vm, "it ran", 26)
+        assert (ended.phase, ended.key, ended.why) == (Phase.ABORTED, GoKey.GO, f"{vm}: it ran")
+        assert arrive(ended, "web", Arrival.CUT, 27, FACTS) == ended
+
+
+def test_a_cut_cannot_fail_before_go_or_after_all_have_cut() -> None:
+    for phase in (opened, freezing):
+        with pytest.raises(RefusedError, match="nobody was told to"):
+            fail_cut(phase(), "db", "it ran", 25)
+    for epoch in (taken(), retire(taken(), 40)):
+        with pytest.raises(RefusedError, match="all were cut"):
+            fail_cut(epoch, "db", "no room for scratch", 41)
+    ended = give_up(taken(), "held too long", 41)
+    assert fail_cut(ended, "db", "no room for scratch", 42) == ended
+
+
+def test_the_coordinator_may_give_up_until_the_epoch_is_over() -> None:
+    for phase, key in ((opened, GoKey.ABORT), (freezing, GoKey.ABORT), (cutting, GoKey.GO), (taken, GoKey.GO)):
+        ended = give_up(phase(), "held too long", 50)
+        assert (ended.phase, ended.key, ended.why) == (Phase.ABORTED, key, "held too long")
+        assert give_up(ended, "once more", 51) == ended
+    published = retire(taken(), 40)
+    assert give_up(published, "held too long", 50) == published
+
+
+def test_only_what_was_taken_is_retired() -> None:
+    for phase in (opened, freezing, cutting, lambda: give_up(taken(), "held too long", 35)):
+        with pytest.raises(RefusedError, match="only one that was taken"):
+            retire(phase(), 40)
+    assert retire(retire(taken(), 40), 50) == retire(taken(), 40)
+
+
+def test_nobody_freezes_or_cuts_without_being_told_to() -> None:
+    for epoch, arrival in ((opened(), Arrival.FROZEN), (opened(), Arrival.CUT), (freezing(), Arrival.CUT)):
+        with pytest.raises(RefusedError, match="nobody was told to"):
+            arrive(epoch, "db", arrival, 20, FACTS)
+
+
+def test_a_stranger_does_not_arrive() -> None:
+    for step in (
+        lambda: arrive(opened(), "mail", Arrival.PREPARED, 1),
+        lambda: abort(opened(), "mail", "why", 1),
+        lambda: fail_cut(cutting(), "mail", "why", 1),
+    ):
+        with pytest.raises(NotFoundError, match="'mail' takes no part in epoch shop@7"):
+            step()
+
+
+def test_a_cut_has_facts_and_a_view_of_each_disk() -> None:
+    with pytest.raises(ValueError, match="facts"):
+        arrive(cutting(), "db", Arrival.CUT, 25)
+    two = opened(Participant(vm="db", host="hv1", disks=("vda", "vdb")))
+    with pytest.raises(ValueError, match="vda, vdb"):
+        checked_facts(two, "db", FACTS)
+    assert checked_facts(opened(), "db", FACTS) is FACTS
+
+
+@pytest.mark.parametrize(
+    "participants",
+    [
+        (),
+        (DB, DB),
+        ({"vm": "db", "host": "hv1", "disks": ()},),
+        ({"vm": "db", "host": "hv1", "disks": ("vda", "vda")},),
+        ({"vm": "d\nb", "host": "hv1", "disks": ("vda",)},),
+        ({"vm": "db", "host": "hv:1", "disks": ("vda",)},),
+    ],
+)
+def test_a_spec_that_nobody_could_arrive_for_is_refused(participants: object) -> None:
+    with pytest.raises(ValidationError):
+        EpochSpec.model_validate({"participants": participants, "prepare_ms": 1, "freeze_ms": 1})
+
+
+def test_a_group_has_a_name() -> None:
+    with pytest.raises(UsageError, match="no name of a group"):
+        open_epoch("sh:op", 1, opened().spec, 0)
+
+
+def test_each_host_is_named_once_and_finds_its_machines() -> None:
+    other = Participant(vm="mail", host="hv1", disks=("sda",))
+    epoch = opened(DB, WEB, other)
+    assert epoch.spec.hosts == ("hv1", "hv2")
+    assert epoch.on("hv1") == (DB, other)
+    assert epoch.on("hv3") == ()
+
+
+def test_every_phase_leads_to_an_end_and_none_leads_back() -> None:
+    assert {Phase.RETIRED, Phase.ABORTED} == OVER
+    for old, following in TRANSITIONS.items():
+        assert old in OVER or Phase.ABORTED in following
+        assert not any(transition_is_legal(new, old) for new in following)
+    assert not is_early(Arrival.PREPARED, Phase.PREPARING)
+    assert is_early(Arrival.CUT, Phase.PREPARING)
+    assert not any(is_early(arrival, phase) for arrival in Arrival for phase in OVER | {Phase.TAKEN})
+
+
+@dataclass
+class History:
+    """What has been asked for, written down apart from the model: the moments of all calls that were not refused."""
+
+    epoch: Epoch
+    now_ms: int = 0
+    calls: dict[tuple[str, Arrival], list[int]] = field(default_factory=dict)
+    keys: set[GoKey] = field(default_factory=set)
+
+    def call(self, vm: str, what: Arrival | str) -> None:
+        before = self.epoch
+        try:
+            self.epoch = self._stepped(vm, what)
+        except RefusedError:
+            return
+        finally:
+            self.keys.add(self.epoch.key)
+        if isinstance(what, Arrival):
+            self.calls.setdefault((vm, what), []).append(self.now_ms)
+        assert before.phase is self.epoch.phase or transition_is_legal(before.phase, self.epoch.phase)
+        assert not before.is_over or self.epoch == before
+
+    def _stepped(self, vm: str, what: Arrival | str) -> Epoch:
+        if isinstance(what, Arrival):
+            return arrive(self.epoch, vm, what, self.now_ms, FACTS)
+        if what == "abort":
+            return abort(self.epoch, vm, "why", self.now_ms)
+        if what == "fail_cut":
+            return fail_cut(self.epoch, vm, "why", self.now_ms)
+        if what == "give_up":
+            return give_up(self.epoch, "why", self.now_ms)
+        return retire(self.epoch, self.now_ms) if what == "retire" else time_out(self.epoch, self.now_ms)
+
+    def came(self, arrival: Arrival, after_ms: int, before_ms: int) -> bool:
+        """Whether all did, at one time or another in between."""
+        return all(
+            any(after_ms <= at < before_ms for at in self.calls.get((vm, arrival), [])) for vm in self.epoch.spec.vms
+        )
+
+
+_ARRIVALS = st.sampled_from([*Arrival] * 4)
+_OTHERS = st.sampled_from(["time_out", "time_out", "abort", "fail_cut", "give_up", "retire"])
+_CALLS = st.one_of(_ARRIVALS, _ARRIVALS, _ARRIVALS, _OTHERS)
+_STEPS = st.lists(st.tuples(st.sampled_from("abc"), _CALLS, st.sampled_from([0, 0, 1, 5, 60])), max_size=60)
+
+
+def lived(vms: int, steps: list[tuple[str, Arrival | str, int]]) -> History:
+    """Half of the histories begin as they should, so that the other half of an epoch is seen as well."""
+    named = [Participant(vm=name, host="hv1", disks=("vda",)) for name in "abc"[:vms]]
+    history = History(opened(*named))
+    for vm, what, later_ms in steps:
+        history.now_ms += later_ms
+        if vm in history.epoch.spec.vms:
+            history.call(vm, what)
+    return history
+
+
+def in_order(vms: int, length: int) -> list[tuple[str, Arrival | str, int]]:
+    return [(vm, arrival, 1) for arrival in Arrival for vm in "abc"[:vms]][:length]
+
+
+@given(st.integers(1, 3), st.integers(0, 9), _STEPS)
+def test_the_key_is_never_both_and_says_go_only_if_all_came_in_time(
+    vms: int, ordered: int, steps: list[tuple[str, Arrival | str, int]]
+) -> None:
+    history = lived(vms, in_order(vms, ordered) + steps)
+    epoch = history.epoch
+    assert not {GoKey.GO, GoKey.ABORT} <= history.keys
+    assert (epoch.key is GoKey.GO) == (epoch.go_ms > 0)
+    if epoch.key is GoKey.GO:
+        assert history.came(Arrival.PREPARED, 0, PREPARE_MS)
+        all_prepared_ms = epoch.freeze_by_ms - FREEZE_MS
+        assert history.came(Arrival.PREPARED, 0, all_prepared_ms + 1)
+        assert history.came(Arrival.FROZEN, all_prepared_ms, all_prepared_ms + FREEZE_MS)
+        assert epoch.go_ms < epoch.freeze_by_ms
+
+
+@given(st.integers(1, 3), st.integers(0, 9), _STEPS)
+def test_it_is_taken_only_if_all_were_cut_after_go(
+    vms: int, ordered: int, steps: list[tuple[str, Arrival | str, int]]
+) -> None:
+    history = lived(vms, in_order(vms, ordered) + steps)
+    if history.epoch.cuts:
+        assert history.epoch.key is GoKey.GO, "nobody is told to cut without it"
+    if history.epoch.phase in (Phase.TAKEN, Phase.RETIRED):
+        assert history.came(Arrival.CUT, history.epoch.go_ms, history.now_ms + 1)
+
+
+@given(st.integers(1, 3), st.integers(0, 9), _STEPS, st.integers(0, 10_000))
+def test_an_arrival_that_was_counted_changes_nothing_whenever_it_comes_again(
+    vms: int, ordered: int, steps: list[tuple[str, Arrival | str, int]], later_ms: int
+) -> None:
+    history = lived(vms, in_order(vms, ordered) + steps)
+    other = FACTS.model_copy(update={"freeze_ms": 99.0})
+    for arrival in Arrival:
+        for vm in history.epoch.arrived(arrival):
+            assert arrive(history.epoch, vm, arrival, history.now_ms + later_ms, other) == history.epoch
