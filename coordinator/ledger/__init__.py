@@ -7,7 +7,9 @@ touches Redis for state, and nothing in it knows what a disk or a worker process
 
 from __future__ import annotations
 
+from coordinator.ledger.barrier import Barrier, News
 from coordinator.ledger.contract import (
+    GROUP_WAKE,
     ConflictError,
     DeposedError,
     Finished,
@@ -20,20 +22,28 @@ from coordinator.ledger.contract import (
 )
 from coordinator.ledger.keys import DEFAULT_PREFIX
 from coordinator.ledger.memory import MemoryLedger
+from coordinator.ledger.memory_epochs import MemoryBarrier
+from coordinator.ledger.redis_epochs import RedisBarrier
 from coordinator.ledger.redis_ledger import RedisLedger
 
 __all__ = [
+    "GROUP_WAKE",
+    "Barrier",
     "ConflictError",
     "DeposedError",
     "Finished",
     "Ledger",
+    "MemoryBarrier",
     "MemoryLedger",
     "NewEvent",
     "NewUnit",
+    "News",
+    "RedisBarrier",
     "RedisLedger",
     "SuspectUnit",
     "Term",
     "Versioned",
+    "open_barrier",
     "open_ledger",
 ]
 
@@ -41,3 +51,8 @@ __all__ = [
 def open_ledger(url: str, prefix: str = DEFAULT_PREFIX) -> RedisLedger:
     """The ledger at a redis://, rediss:// or unix:// URL; connects when first used."""
     return RedisLedger(url, prefix=prefix)
+
+
+def open_barrier(url: str, prefix: str = DEFAULT_PREFIX) -> RedisBarrier:
+    """The same for the agents of hosts, in asyncio."""
+    return RedisBarrier(url, prefix=prefix)

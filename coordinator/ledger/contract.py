@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from coordinator.model.epoch import Epoch, EpochSpec
 from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.events import EventName
 from coordinator.model.job import Event, JobRecord, JobSpec
 from coordinator.model.point import PointRecord, RepositoryRecord
 from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
+
+GROUP_WAKE = "group:"
+"""How a group is told from a job in `next_wake`: no job's id has a colon."""
 
 
 class DeposedError(FlushpointError):
@@ -160,7 +164,8 @@ class Ledger(Protocol):
         """Forget a concluded job and all its records; its last JOB_STATUS_CHANGE says null. `term` as in update."""
 
     def next_wake(self, timeout_s: float) -> str | None:
-        """Block until a job wants the control loop's attention; its id, or None at the time limit."""
+        """Block until a job or a group wants the control loop's attention; the job's id, or GROUP_WAKE and the group's
+        name; None at the time limit."""
 
     # -- units --------------------------------------------------------------------------------------------------
     def claim(self, worker: str, token: str, lease_ms: int) -> Claim | None:
@@ -308,6 +313,26 @@ class Ledger(Protocol):
 
     def points(self, repository: str, group: str, *, after: int = 0, limit: int = 100) -> list[PointRecord]:
         """Of the group, with epochs greater than `after`, ascending."""
+
+    # -- epochs of groups -----------------------------------------------------------------------------------
+    # The coordinator's part; that of the agents is in barrier.py. What each step does is said in model/epoch.py. The
+    # leader is woken (next_wake) when an epoch is taken or aborted.
+
+    def open_epoch(self, term: Term, group: str, spec: EpochSpec, after: int = 0) -> Epoch:
+        """The group's next epoch, with a number greater than all before and than `after` (the greatest that is known
+        from elsewhere). Its hosts hear of it. RefusedError while one of the group is not over (`newest_epoch`, for who
+        lost the answer), and while the server's run is not adopted: an epoch is opened only after recovery."""
+
+    def newest_epoch(self, group: str) -> Epoch | None:
+        """The one that was opened last; None if there was none, or it was over more than an hour ago."""
+
+    def give_up_epoch(self, term: Term, group: str, number: int, why: str) -> Epoch:
+        """End it without result: before GO the go key says ABORT, after that it stays GO. One that is over stays as it
+        is. NotFoundError for one that was over long ago or is lost."""
+
+    def retire_epoch(self, term: Term, group: str, number: int) -> Epoch:
+        """Its manifest is written: agents may drop its views and the bitmaps that it covers. RefusedError unless it was
+        taken, or is retired already; NotFoundError as above."""
 
     # -- doorbells and workers ------------------------------------------------------------------------------
     def work_is_ready(self) -> int:

@@ -42,7 +42,8 @@ turn                string  counter: the place in the round robin               
 done:TOKEN          string  the unit that this token finished; 1 h                                 finish, redo
 trash               list    INCARNATION:FIRST:LAST:JOB, units to be swept in batches               update, dismiss, reap
 bucket:JOB          hash    token bucket: level (bytes), at (µs), speed; an hour after its use     take
-wake                zset    jobs that want the control loop's attention, by µs                     wake in prelude.lua
+wake                zset    jobs that want the control loop's attention, by µs; group:GROUP of      wake in prelude.lua
+                            groups
 bells:ROLE          zset    outstanding doorbells by time of ringing                               ring, woken
 workers             zset    workers by the time they are taken for dead                            worker_alive, _gone
 worker_facts        hash    worker: "slots role"                                                   worker_alive, _gone
@@ -55,6 +56,16 @@ recorded:REPO       zset    GROUP@EPOCH by the mark of its recording            
 forgotten:REPO      zset    GROUP@EPOCH by the mark of its being forgotten; the last 10,000        points' scripts
 told:REPO           set     GROUP@EPOCH of which there was a RECOVERY_POINT                        points' scripts
 mark                string  the last mark: µs, or one more than the one before                     points' scripts
+epoch_numbers       hash    group: the number of its newest epoch; for ever                        epochs/open
+epoch:GROUP@NUMBER  hash    a field per field of Epoch but its arrivals (spec as JSON), _hosts     scripts/epochs
+                            (one a line). This and the next four: for an hour after it was over
+epoch_vms:EPOCH     zset    its machines, in the order of the spec                                 epochs/open
+epoch_prepared:…,   set     the machines that arrived so                                           epochs/arrive
+epoch_frozen:EPOCH
+epoch_cut:EPOCH     hash    machine: its CutFacts as JSON                                          epochs/arrive
+epochs_on:HOST      set     epochs with machines of the host that are not over                     scripts/epochs
+epoch_news:HOST     stream  group, number, phase, key, why, left_ms of epochs with machines of     scripts/epochs
+                            the host; about the last 1000, for an hour
 events              stream  event, job, time (s), data (JSON); about the last 100,000              submit, update,
                                                                                                    dismiss, release,
                                                                                                    record_points
@@ -101,6 +112,9 @@ class Keys:
 
     def bells(self, role: str) -> str:
         return f"{self.prefix}bells:{role}"
+
+    def epoch_news(self, host: str) -> str:
+        return f"{self.prefix}epoch_news:{host}"
 
     def job(self, job_id: str) -> str:
         return f"{self.prefix}job:{job_id}"

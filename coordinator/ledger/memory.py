@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.ledger.contract import Finished, NewEvent, NewUnit, SuspectUnit, Term, Versioned
+from coordinator.ledger.memory_epochs import MemoryEpochs
 from coordinator.ledger.memory_points import MemoryPoints
 from coordinator.ledger.records import OPENED_FIELDS, RELEASE_FIELDS, UPDATE_FIELDS, checked
 from coordinator.ledger.redis_fleet import FIRST_EVENT_ID, checked_event_id
@@ -109,13 +110,14 @@ class _Bucket:
     speed: int
 
 
-class MemoryLedger(MemoryPoints):
+class MemoryLedger(MemoryPoints, MemoryEpochs):
     """`clock` gives seconds and may be any function that does not go back."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._changed = threading.Condition(threading.RLock())
-        super().__init__(self._changed, clock, self._emit)
+        MemoryPoints.__init__(self, self._changed, clock, self._emit)
+        MemoryEpochs.__init__(self, self._changed, clock, self._fence, self.run_is_known, self._wake)
         self._targets: dict[str, str] = {}
         self._run = 1
         self._adopted_run = 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from coordinator.ledger import Finished, MemoryLedger, NewUnit, Term
+from coordinator.ledger import Finished, MemoryBarrier, MemoryLedger, NewUnit, Term
+from coordinator.ledger.redis_epochs import EPOCH_KEPT_MS
+from coordinator.model.epoch import EpochSpec, Participant
+from coordinator.model.errors import NotFoundError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.job import JobRecord, JobSpec, State
 from coordinator.model.progress import RATE_WINDOW_S, eta_of, rate_of
@@ -190,3 +195,21 @@ def test_a_peer_that_becomes_slow_is_followed_within_two_windows(ledger: MemoryL
     assert rate_of(job, clock.now_s) == pytest.approx(10**6)
     clock.now_s += 1000
     assert rate_of(job, clock.now_s) < 10**4, "one that says nothing any more"
+
+
+def test_an_epoch_and_its_news_are_forgotten_an_hour_after_it_was_over(ledger: MemoryLedger, clock: Clock) -> None:
+    spec = EpochSpec(
+        participants=(Participant(vm="db", host="hv1", disks=("vda",)),), prepare_ms=EPOCH_KEPT_MS * 2, freeze_ms=1
+    )
+    term, barrier = plan(ledger), MemoryBarrier(ledger)
+    ledger.open_epoch(term, "shop", spec)
+    clock.now_s += EPOCH_KEPT_MS / 1000 - 1
+    ledger.give_up_epoch(term, "shop", 1, "why")
+    clock.now_s += EPOCH_KEPT_MS / 1000 - 1
+    assert asyncio.run(barrier.epoch("shop", 1)).is_over
+    assert len(asyncio.run(barrier.news("hv1", "0", 0))) == 2, "since the last of them"
+    clock.now_s += 1
+    with pytest.raises(NotFoundError):
+        asyncio.run(barrier.epoch("shop", 1))
+    assert asyncio.run(barrier.news("hv1", "0", 0)) == []
+    assert ledger.open_epoch(term, "shop", spec).number == 2

@@ -1,0 +1,19 @@
+-- After GO: a participant's cut failed, or its view broke before all were cut.
+-- Keys: epoch:*, epoch_vms:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:*, epoch_news:*, epochs_on:*, wake (written).
+-- ARGV: group, number, why.
+-- Returns how the epoch stands, {"early", phase} before GO, {"late", phase} once all were cut, or {"missing"}.
+local epoch = epoch_name(ARGV[1], ARGV[2])
+local phase = redis.call('HGET', epoch_key(epoch), 'phase')
+if not phase then
+  return { 'missing' }
+end
+if phase == 'preparing' or phase == 'freezing' then
+  return { 'early', phase }
+end
+if phase == 'taken' or phase == 'retired' then
+  return { 'late', phase }
+end
+if phase == 'cutting' then
+  abort_epoch(epoch, ARGV[3])
+end
+return standing(epoch)
