@@ -1,6 +1,6 @@
 /* Runs inside a test's guest and writes its disks around the page cache, for ever.
  *
- *     writer DISK...                   a process a disk writes blocks at random places
+ *     writer DISK...                   a process a disk writes blocks at random places of its first half
  *     writer lead PORT DISK            writes 1, tells the other guest, waits for its answer, writes 2 ...
  *     writer follow PORT DISK          writes what it is told, and answers
  *
@@ -47,7 +47,7 @@ static void write_for_ever(const char *path, uint64_t disk)
 {
     uint64_t *block, dice = 88172645463325252u + disk, number;
     int fd = opened(path, &block);
-    off_t blocks = lseek(fd, 0, SEEK_END) / BLOCK;
+    off_t blocks = lseek(fd, 0, SEEK_END) / BLOCK / 2;
 
     for (number = 1;; number++) {
         dice ^= dice << 13;

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, closing, suppress
 from pathlib import Path
 
 import pytest
 
-from coordinator.model.bitmap import rotate
+from coordinator.ledger import RedisLedger, open_barrier
+from coordinator.model.epoch import Epoch, EpochSpec, GoKey, Participant, Phase
+from coordinator.model.errors import UnavailableError
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
+from tests.contract.conftest import running_valkey
 from tests.guest import GuestKit
 from tests.live_guest import LiveDisk, LiveGuest, running_pair
 from workers.access import Access
-from workers.agent.cut import Part, Vm
+from workers.agent.cut import Frozen, Vm
+from workers.agent.feed import Feed
 from workers.agent.guard import Guard, GuardLink
-from workers.agent.guest import look_at
+from workers.agent.guest import OURS
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
+from workers.agent.participant import AbortedError, Machine, Taken
 from workers.agent.stage import stage
-from workers.agent.views import prepare, remove
+from workers.agent.views import remove
 from workers.sources import open_source
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
 
 EPOCHS = 24
-DEADLINE_S = 10.0
+HOUR_MS = 3_600_000
+DEADLINE_MS = 10_000
+"""Long enough for a busy machine."""
 STAGE_S = 60.0
-APART_S = 0.2
-"""Between the cuts of a group that is not one."""
+GROUP, HOST = "shop", "here"
 
 
 @pytest.fixture
@@ -41,13 +47,11 @@ def pair(guest_kit: GuestKit, tmpfs_path: Path) -> Iterator[tuple[LiveGuest, Liv
 
 
 class Group:
-    """The two guests under one guard, with a barrier in this process in the place of the ledger's."""
+    """The two guests under one guard, and a ledger of their own in which the coordinator's part is done by the test."""
 
-    def __init__(self, guests: tuple[LiveGuest, LiveGuest], directory: Path) -> None:
+    def __init__(self, guests: Sequence[LiveGuest], directory: Path) -> None:
         self._guests = guests
         self._directory = directory
-        self._barrier = asyncio.Barrier(len(guests))
-        self._vms: list[Vm] = []
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Group:
@@ -58,48 +62,73 @@ class Group:
         self._open.callback(guard.close)
         self._open.callback(serving.join)
         self._open.callback(ends.set)
-        for guest in self._guests:
-            monitor = await Monitor.connect(guest.monitor)
-            self._open.push_async_callback(monitor.close)
-            link = GuardLink(self._directory / "guard")
-            self._open.callback(link.close)
-            self._vms.append(Vm(monitor, link, Journal(self._directory / "journal")))
+        url = self._open.enter_context(running_valkey()).url
+        self._ledger = self._open.enter_context(closing(RedisLedger(url)))
+        term = self._ledger.lead("leader", HOUR_MS)
+        assert term is not None
+        self._ledger.adopt_run(term, 0)
+        self._term = term
+        self._barrier = await self._open.enter_async_context(aclosing(open_barrier(url)))
+        self._feed = Feed(self._barrier, HOST)
+        listening = asyncio.create_task(self._feed.listen(await self._barrier.last_news(HOST), lambda news: None))
+        self._open.push_async_callback(_ended, listening)
+        self.machines = [await self._machine(guest) for guest in self._guests]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._open.aclose()
 
-    async def epoch(self, number: int, *, is_group: bool = True) -> list[int]:
-        """The number each guest had written last, by what its disk held at the cut."""
-        cuts = [self._cut(vm, guest, number, place, is_group) for place, (vm, guest) in enumerate(self._each())]
-        parts = await asyncio.gather(*cuts)
+    async def _machine(self, guest: LiveGuest) -> Machine:
+        monitor = await Monitor.connect(guest.monitor)
+        self._open.push_async_callback(monitor.close)
+        link = GuardLink(self._directory / "guard")
+        self._open.callback(link.close)
+        vm = Vm(monitor, link, Journal(self._directory / "journal"))
+        return Machine(guest.directory.name, vm, self._directory)
+
+    def opened(self, *, freeze_ms: int = DEADLINE_MS) -> Epoch:
+        parts = [
+            Participant(vm=guest.directory.name, host=HOST, disks=tuple(disk.name for disk in guest.disks))
+            for guest in self._guests
+        ]
+        spec = EpochSpec(participants=tuple(parts), prepare_ms=DEADLINE_MS, freeze_ms=freeze_ms, repository="0a1b")
+        return self._ledger.open_epoch(self._term, GROUP, spec)
+
+    def standing(self) -> Epoch:
+        epoch = self._ledger.newest_epoch(GROUP)
+        assert epoch is not None
+        return epoch
+
+    async def taken(self, epoch: Epoch) -> list[Taken | BaseException]:
+        """What each machine made of the epoch."""
+        parts = [machine.take_part(epoch, self._barrier, self._feed) for machine in self.machines]
+        return await asyncio.gather(*parts, return_exceptions=True)
+
+    async def numbers(self) -> list[int]:
+        """The number each guest had written last, by what its disk held at the cut of an epoch."""
+        epoch = self.opened()
         found = []
-        for (vm, _), part in zip(self._each(), parts, strict=True):
-            staged = await stage(vm, part.view, (), STAGE_S)
-            await remove(vm.monitor, part.view)
-            found.append(first_number(staged.image))
-            staged.image.unlink()
+        for machine, taken in zip(self.machines, await self.taken(epoch), strict=True):
+            assert isinstance(taken, Taken), taken
+            found.append(await number_in(machine, taken))
+        assert self.standing().phase is Phase.TAKEN
+        self._ledger.retire_epoch(self._term, GROUP, epoch.number)
         return found
 
-    async def _cut(self, vm: Vm, guest: LiveGuest, number: int, place: int, is_group: bool) -> Part:
-        found = await look_at(vm.monitor)
-        disk = found.disk(guest.disks[0].name)
-        view = await prepare(vm.monitor, found, disk, self._directory)
-        part = Part(view, rotate(disk.tracking(), "0a1b", "shop", 0, number))
-        async with vm.order:
-            if not is_group:
-                await asyncio.sleep(place * APART_S)
-            frozen = await vm.freeze(DEADLINE_S)
-            try:
-                if is_group:
-                    await self._barrier.wait()
-                await vm.take(frozen, [part])
-            finally:
-                await vm.thaw(frozen)
-        return part
 
-    def _each(self) -> Iterator[tuple[Vm, LiveGuest]]:
-        yield from zip(self._vms, self._guests, strict=True)
+async def number_in(machine: Machine, taken: Taken) -> int:
+    (part,) = taken.parts
+    staged = await stage(machine.vm, part.view, (), STAGE_S)
+    await remove(machine.vm.monitor, part.view)
+    number = first_number(staged.image)
+    staged.image.unlink()
+    return number
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def first_number(image: Path) -> int:
@@ -120,7 +149,7 @@ def test_no_effect_is_on_a_disk_without_its_cause(pair: tuple[LiveGuest, LiveGue
         async with Group(pair, tmpfs_path) as group:
             last = 0
             for number in range(1, EPOCHS + 1):
-                lead, follow = await group.epoch(number)
+                lead, follow = await group.numbers()
                 assert follow <= lead <= follow + 1, number
                 assert lead > last, "the guests write between two cuts, or this proves nothing"
                 last = lead
@@ -129,11 +158,68 @@ def test_no_effect_is_on_a_disk_without_its_cause(pair: tuple[LiveGuest, LiveGue
 
 
 def test_guests_that_are_cut_apart_are_caught(pair: tuple[LiveGuest, LiveGuest], tmpfs_path: Path) -> None:
-    """So that the test above is known to see."""
+    """So that the test above is known to see. Each is a group of its own here."""
+
+    async def check() -> None:
+        found = []
+        for guest in pair:
+            directory = tmpfs_path / f"{guest.directory.name}-group"
+            directory.mkdir()
+            async with Group((guest,), directory) as group:
+                found += await group.numbers()
+        lead, follow = found
+        assert not follow <= lead <= follow + 1
+
+    asyncio.run(check())
+
+
+def test_an_epoch_that_one_machine_cannot_freeze_for_is_aborted_for_all(
+    pair: tuple[LiveGuest, LiveGuest], tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others run again as soon as they hear of it; the next epoch is taken."""
 
     async def check() -> None:
         async with Group(pair, tmpfs_path) as group:
-            lead, follow = await group.epoch(1, is_group=False)
-            assert not follow <= lead <= follow + 1
+            lead, follow = group.machines
+
+            async def cannot(deadline_s: float) -> Frozen:
+                raise UnavailableError("its disk hangs")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(follow.vm, "freeze", cannot)
+                first, second = await group.taken(group.opened())
+            assert isinstance(first, AbortedError)
+            assert "follow: its disk hangs" in first.message
+            assert isinstance(second, UnavailableError)
+            assert group.standing().key is GoKey.ABORT
+            for guest, machine in zip(pair, (lead, follow), strict=True):
+                guest.wait_until_it_writes()
+                nodes = await machine.vm.monitor.execute("query-named-block-nodes", {"flat": True})
+                assert [node for node in nodes if node["node-name"].startswith(OURS)] == []
+            await group.numbers()
+
+    asyncio.run(check())
+
+
+def test_a_machine_that_is_not_frozen_in_time_aborts_the_epoch_and_nobody_stands_still(
+    pair: tuple[LiveGuest, LiveGuest], tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with Group(pair, tmpfs_path) as group:
+            _, follow = group.machines
+            freeze = follow.vm.freeze
+
+            async def late(deadline_s: float) -> Frozen:
+                await asyncio.sleep(2 * deadline_s)
+                return await freeze(deadline_s)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(follow.vm, "freeze", late)
+                outcomes = await group.taken(group.opened(freeze_ms=500))
+            assert [type(outcome) for outcome in outcomes] == [AbortedError, AbortedError]
+            assert group.standing().why == "not frozen in time: follow"
+            for guest in pair:
+                guest.wait_until_it_writes()
+            await group.numbers()
 
     asyncio.run(check())

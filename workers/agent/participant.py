@@ -1,0 +1,138 @@
+"""A machine's part in an epoch: prepare, freeze, cut or not, thaw, and tell the ledger of each (DESIGN §6).
+
+What is acted on is the ledger's go key, never a clock of this host's. Whatever fails here, the guest runs again, and
+the ledger hears why nothing came of the cut, now or when it answers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.ledger.barrier import Barrier
+from coordinator.model.bitmap import rotate
+from coordinator.model.epoch import CutFacts, DiskView, Epoch, GoKey, Phase, Standing, ViewKind
+from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
+from workers.agent.cut import Part, Vm
+from workers.agent.feed import Feed
+from workers.agent.guest import look_at
+from workers.agent.views import prepare, remove
+from workers.failpoint import pass_point
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A cut that counts, as far as this machine is concerned: `parts` in the order of its disks."""
+
+    parts: Sequence[Part]
+    facts: CutFacts
+
+
+class AbortedError(FlushpointError):
+    """The epoch was aborted; nothing of it is left in the guest."""
+
+    code = "epoch-aborted"
+
+
+class Machine:
+    """One machine, its monitor, and where its scratch images go."""
+
+    def __init__(self, name: str, vm: Vm, scratch: Path) -> None:
+        self.name = name
+        self.vm = vm
+        self._scratch = scratch
+
+    async def take_part(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Taken:
+        """From the preparation to the cut. AbortedError where nothing comes of it; whatever else fails aborts the epoch
+        too, and is raised."""
+        parts: list[Part] = []
+        try:
+            await self._prepare(epoch, parts)
+            standing = await barrier.prepared(epoch, self.name)
+            standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
+            if standing.key is GoKey.ABORT:
+                raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
+            return await self._cut(epoch, parts, barrier, feed)
+        except BaseException as error:
+            await self._drop(parts)
+            await self._tell(epoch, barrier, error)
+            raise
+
+    async def _prepare(self, epoch: Epoch, parts: list[Part]) -> None:
+        """Adds to `parts` what is there, so that it can be dropped after an error."""
+        guest = await look_at(self.vm.monitor)
+        spec = epoch.spec
+        for name in epoch.participant(self.name).disks:
+            disk = guest.disk(name)
+            rotation = rotate(disk.tracking(), spec.repository, epoch.group, spec.published, epoch.number)
+            parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._scratch), rotation))
+            await asyncio.to_thread(_sync, disk.file)
+
+    async def _cut(self, epoch: Epoch, parts: Sequence[Part], barrier: Barrier, feed: Feed) -> Taken:
+        async with self.vm.order:
+            frozen = await self.vm.freeze(epoch.spec.freeze_ms / 1000)
+            try:
+                pass_point("between-stop-and-frozen")
+                standing = await self._decision(epoch, barrier, feed)
+                if standing.key is GoKey.ABORT:
+                    raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
+                pass_point("between-go-and-cut")
+                cut_at = time.time()
+                await self.vm.take(frozen, parts)
+            finally:
+                stood_s = await self.vm.thaw(frozen)
+        views = tuple(DiskView(disk=part.view.disk.device, kind=ViewKind.STAGE) for part in parts)
+        facts = CutFacts(cut_at=cut_at, freeze_ms=stood_s * 1000, filesystem_consistent=False, views=views)
+        standing = await barrier.cut(epoch, self.name, facts)
+        if standing.phase is Phase.ABORTED:
+            raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
+        return Taken(parts, facts)
+
+    async def _decision(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Standing:
+        """While the guest stands still: a ledger that does not answer in time is waited for no longer."""
+        try:
+            async with asyncio.timeout(epoch.spec.freeze_ms / 1000):
+                standing = await barrier.frozen(epoch, self.name)
+                return await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"the ledger told nothing while {self.name} stood still", "look at the ledger's server and the network"
+            ) from error
+
+    async def _drop(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            with suppress(FlushpointError):  # the guest is gone, or an agent that starts finds what is left
+                await remove(self.vm.monitor, part.view)
+
+    async def _tell(self, epoch: Epoch, barrier: Barrier, error: BaseException) -> None:
+        if isinstance(error, AbortedError):
+            return
+        why = error.message if isinstance(error, FlushpointError) else f"its agent failed: {error!r}"
+        with suppress(FlushpointError):  # the ledger's own time-outs end the epoch then
+            standing: Standing = await barrier.abort(epoch, self.name, why)
+            if standing.phase is Phase.CUTTING:
+                await barrier.fail_cut(epoch, self.name, why)
+
+
+async def recover(epoch: Epoch, vm: str, barrier: Barrier) -> None:
+    """For an agent that was started again: what it had begun is worth nothing, and nobody is to wait for it."""
+    why = "its agent was started again"
+    standing = await barrier.abort(epoch, vm, why)
+    if standing.phase is Phase.CUTTING and vm not in (await barrier.epoch(epoch.group, epoch.number)).cuts:
+        with suppress(RefusedError):  # all were cut meanwhile
+            await barrier.fail_cut(epoch, vm, why)
+
+
+def _sync(path: str) -> None:
+    """`stop` flushes: what the host's cache holds of an image is written before, while the guest runs."""
+    with suppress(OSError):  # a device, or a file that the agent may not open: then the stop takes longer
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
