@@ -55,8 +55,7 @@ class Machine:
             await self._prepare(epoch, parts)
             standing = await barrier.prepared(epoch, self.name)
             standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
-            if standing.key is GoKey.ABORT:
-                raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
+            refuse_aborted(epoch, standing)
             return await self._cut(epoch, parts, barrier, feed)
         except BaseException as error:
             await self._drop(parts)
@@ -74,18 +73,13 @@ class Machine:
             await asyncio.to_thread(_sync, disk.file)
 
     async def _cut(self, epoch: Epoch, parts: Sequence[Part], barrier: Barrier, feed: Feed) -> Taken:
-        async with self.vm.order:
-            frozen = await self.vm.freeze(epoch.spec.freeze_ms / 1000)
-            try:
-                pass_point("between-stop-and-frozen")
-                standing = await self._decision(epoch, barrier, feed)
-                if standing.key is GoKey.ABORT:
-                    raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
-                pass_point("between-go-and-cut")
-                cut_at = time.time()
-                await self.vm.take(frozen, parts)
-            finally:
-                stood_s = await self.vm.thaw(frozen)
+        try:
+            cut_at, stood_s = await self._stand_still(epoch, parts, barrier, feed)
+        except TimeoutError as error:  # the guest runs by now, so there is time to ask why
+            refuse_aborted(epoch, await barrier.time_out(epoch))
+            raise UnavailableError(
+                f"the ledger told nothing while {self.name} stood still", "look at the ledger's server and the network"
+            ) from error
         views = tuple(DiskView(disk=part.view.disk.device, kind=ViewKind.STAGE) for part in parts)
         facts = CutFacts(cut_at=cut_at, freeze_ms=stood_s * 1000, filesystem_consistent=False, views=views)
         standing = await barrier.cut(epoch, self.name, facts)
@@ -93,16 +87,26 @@ class Machine:
             raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
         return Taken(parts, facts)
 
-    async def _decision(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Standing:
-        """While the guest stands still: a ledger that does not answer in time is waited for no longer."""
-        try:
-            async with asyncio.timeout(epoch.spec.freeze_ms / 1000):
-                standing = await barrier.frozen(epoch, self.name)
-                return await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN)
-        except TimeoutError as error:
-            raise UnavailableError(
-                f"the ledger told nothing while {self.name} stood still", "look at the ledger's server and the network"
-            ) from error
+    async def _stand_still(
+        self, epoch: Epoch, parts: Sequence[Part], barrier: Barrier, feed: Feed
+    ) -> tuple[float, float]:
+        """When it was cut (Unix time), and for how many seconds it stood still. TimeoutError if the ledger does not
+        answer in time; whatever comes, the guest runs when this returns."""
+        deadline_s = epoch.spec.freeze_ms / 1000
+        async with self.vm.order:
+            frozen = await self.vm.freeze(deadline_s)
+            try:
+                pass_point("between-stop-and-frozen")
+                async with asyncio.timeout(deadline_s):
+                    standing = await barrier.frozen(epoch, self.name)
+                    standing = await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN)
+                refuse_aborted(epoch, standing)
+                pass_point("between-go-and-cut")
+                cut_at = time.time()
+                await self.vm.take(frozen, parts)
+            finally:
+                stood_s = await self.vm.thaw(frozen)
+        return cut_at, stood_s
 
     async def _drop(self, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -114,9 +118,15 @@ class Machine:
             return
         why = error.message if isinstance(error, FlushpointError) else f"its agent failed: {error!r}"
         with suppress(FlushpointError):  # the ledger's own time-outs end the epoch then
-            standing: Standing = await barrier.abort(epoch, self.name, why)
+            standing = await barrier.abort(epoch, self.name, why)
             if standing.phase is Phase.CUTTING:
                 await barrier.fail_cut(epoch, self.name, why)
+
+
+def refuse_aborted(epoch: Epoch, standing: Standing) -> None:
+    """AbortedError if the go key says so."""
+    if standing.key is GoKey.ABORT:
+        raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
 
 
 async def recover(epoch: Epoch, vm: str, barrier: Barrier) -> None:
