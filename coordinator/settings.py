@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
@@ -84,6 +85,12 @@ class Settings(BaseSettings):
 
     guard_socket: str = "/run/flushpoint/guard"
     """Where the guard of a host listens for its agent."""
+    agent_host: str = Field(default_factory=socket.gethostname)
+    """How the host of an agent is called in groups."""
+    scratch_dir: str = "/var/lib/flushpoint/scratch"
+    """Where an agent keeps old blocks of disks while they are copied, and what was staged; on a disk of the host's."""
+    journal_dir: str = "/var/lib/flushpoint/frozen"
+    """Where an agent writes which guests it has stopped."""
 
     leader_ttl_s: float = Field(default=10.0, gt=0)
     cycle_s: float = Field(default=0.5, gt=0)

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,8 +57,21 @@ def tmpfs_path(tmp_path: Path) -> Iterator[Path]:
 
     Its path is short, so that unix sockets (107 bytes) fit in it.
     """
+    with _in_memory(tmp_path) as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def module_tmpfs_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same, for what all tests of a module share."""
+    with _in_memory(tmp_path_factory.mktemp("module")) as path:
+        yield path
+
+
+@contextmanager
+def _in_memory(otherwise: Path) -> Iterator[Path]:
     if not _SHM.is_dir() or shutil.disk_usage(_SHM).free < _SHM_FREE_BYTES:
-        yield tmp_path
+        yield otherwise
         return
     path = Path(tempfile.mkdtemp(prefix="flushpoint-", dir=_SHM))
     try:

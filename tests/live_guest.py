@@ -9,8 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.model.job import Sync
+from coordinator.model.uri import parse
 from tests.guest import Guest, GuestKit
 from tests.stack import wait_until
+from workers.access import Access
+from workers.sources import open_source
 
 MIB = 1024 * 1024
 WRITES_S = 30.0
@@ -138,3 +142,16 @@ def compiled(directory: Path) -> bytes:
     program = directory / "writer"
     subprocess.run(["gcc", "-static", "-O2", "-Wall", "-o", str(program), str(_WRITER)], check=True, timeout=60)
     return program.read_bytes()
+
+
+def first_number(image: Path) -> int:
+    """What the first block of a staged image holds over and over."""
+    source = open_source(parse(str(image)), Sync.FULL, None, Access(["/"], []))
+    try:
+        block = bytearray(4096)
+        source.read_into(0, memoryview(block))
+    finally:
+        source.close()
+    numbers = {int.from_bytes(block[at : at + 8], "little") for at in range(0, len(block), 8)}
+    assert len(numbers) == 1, f"a block is half written: {numbers}"
+    return numbers.pop()

@@ -13,7 +13,7 @@ from flushpoint.cli import output
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, down, coordinator, worker, guard):
+    for command in (up, down, coordinator, worker, agent, guard):
         app.command()(command)
 
 
@@ -57,6 +57,14 @@ def worker(
     """Run a worker. Settings: FLUSHPOINT_* in the environment."""
     environ = dict(os.environ) if slots is None else {**os.environ, "FLUSHPOINT_WORKER_SLOTS": str(slots)}
     _become("workers", environ, as_json)
+
+
+def agent(
+    host: Annotated[str, typer.Option(help="How this host is called in groups; by default its own name.")] = "",
+    as_json: output.JsonOption = False,
+) -> None:
+    """Run a host's agent, which alone speaks to its guests. Settings: FLUSHPOINT_* in the environment."""
+    _become("workers.agent", {**os.environ, "FLUSHPOINT_AGENT_HOST": host} if host else dict(os.environ), as_json)
 
 
 def guard(as_json: output.JsonOption = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, closing, suppress
@@ -13,12 +14,9 @@ import pytest
 from coordinator.ledger import RedisLedger, open_barrier
 from coordinator.model.epoch import Epoch, EpochSpec, GoKey, Participant, Phase
 from coordinator.model.errors import UnavailableError
-from coordinator.model.job import Sync
-from coordinator.model.uri import parse
 from tests.contract.conftest import running_valkey
 from tests.guest import GuestKit
-from tests.live_guest import LiveDisk, LiveGuest, running_pair
-from workers.access import Access
+from tests.live_guest import LiveDisk, LiveGuest, first_number, running_pair
 from workers.agent.cut import Frozen, Vm
 from workers.agent.feed import Feed
 from workers.agent.guard import Guard, GuardLink
@@ -28,7 +26,6 @@ from workers.agent.monitor import Monitor
 from workers.agent.participant import AbortedError, Machine, Taken
 from workers.agent.stage import stage
 from workers.agent.views import remove
-from workers.sources import open_source
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
 
@@ -37,12 +34,14 @@ HOUR_MS = 3_600_000
 DEADLINE_MS = 10_000
 """Long enough for a busy machine."""
 STAGE_S = 60.0
-GROUP, HOST = "shop", "here"
+HOST = "here"
+_numbers = itertools.count(1)
+"""For the names of groups: the guests keep the bitmaps of those before."""
 
 
-@pytest.fixture
-def pair(guest_kit: GuestKit, tmpfs_path: Path) -> Iterator[tuple[LiveGuest, LiveGuest]]:
-    with running_pair(guest_kit, tmpfs_path / "pair", LiveDisk("a"), LiveDisk("b", iothread=True)) as guests:
+@pytest.fixture(scope="module")
+def pair(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[tuple[LiveGuest, LiveGuest]]:
+    with running_pair(guest_kit, module_tmpfs_path / "pair", LiveDisk("a"), LiveDisk("b", iothread=True)) as guests:
         yield guests
 
 
@@ -52,6 +51,7 @@ class Group:
     def __init__(self, guests: Sequence[LiveGuest], directory: Path) -> None:
         self._guests = guests
         self._directory = directory
+        self._name = f"group{next(_numbers)}"
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Group:
@@ -92,10 +92,10 @@ class Group:
             for guest in self._guests
         ]
         spec = EpochSpec(participants=tuple(parts), prepare_ms=DEADLINE_MS, freeze_ms=freeze_ms, repository="0a1b")
-        return self._ledger.open_epoch(self._term, GROUP, spec)
+        return self._ledger.open_epoch(self._term, self._name, spec)
 
     def standing(self) -> Epoch:
-        epoch = self._ledger.newest_epoch(GROUP)
+        epoch = self._ledger.newest_epoch(self._name)
         assert epoch is not None
         return epoch
 
@@ -112,7 +112,7 @@ class Group:
             assert isinstance(taken, Taken), taken
             found.append(await number_in(machine, taken))
         assert self.standing().phase is Phase.TAKEN
-        self._ledger.retire_epoch(self._term, GROUP, epoch.number)
+        self._ledger.retire_epoch(self._term, self._name, epoch.number)
         return found
 
 
@@ -129,19 +129,6 @@ async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
-
-
-def first_number(image: Path) -> int:
-    """What the first block of a staged image holds over and over."""
-    source = open_source(parse(str(image)), Sync.FULL, None, Access(["/"], []))
-    try:
-        block = bytearray(4096)
-        source.read_into(0, memoryview(block))
-    finally:
-        source.close()
-    numbers = {int.from_bytes(block[at : at + 8], "little") for at in range(0, len(block), 8)}
-    assert len(numbers) == 1, f"a block is half written: {numbers}"
-    return numbers.pop()
 
 
 def test_no_effect_is_on_a_disk_without_its_cause(pair: tuple[LiveGuest, LiveGuest], tmpfs_path: Path) -> None:

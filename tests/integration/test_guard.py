@@ -44,10 +44,24 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture
-def guest(guest_kit: GuestKit, tmpfs_path: Path) -> Iterator[LiveGuest]:
-    with running_guest(guest_kit, tmpfs_path / "guest", [LiveDisk("v0")]) as running:
+@pytest.fixture(scope="module")
+def booted(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[LiveGuest]:
+    with running_guest(guest_kit, module_tmpfs_path / "guest", [LiveDisk("v0")]) as running:
         yield running
+
+
+@pytest.fixture
+def guest(booted: LiveGuest) -> LiveGuest:
+    """One for all tests, which runs when a test begins, whatever the one before has done."""
+    asyncio.run(run_on(booted))
+    booted.wait_until_it_writes()
+    return booted
+
+
+async def run_on(guest: LiveGuest) -> None:
+    monitor = await Monitor.connect(guest.monitor)
+    await monitor.execute("cont")
+    await monitor.close()
 
 
 @pytest.fixture

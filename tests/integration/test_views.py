@@ -29,7 +29,8 @@ from workers.sources import open_source
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
 
-REPOSITORY, GROUP = "0a1b", "shop"
+REPOSITORY, CHANGED = "0a1b", "changed"
+"""Whose bitmaps; the group of the test of them."""
 DEADLINE_S = 10.0
 """Long enough for a busy machine; what a guest is promised is another matter."""
 STAGE_S = 60.0
@@ -41,9 +42,10 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=LAYOUTS)
-def guest(request: pytest.FixtureRequest, guest_kit: GuestKit, tmpfs_path: Path) -> Iterator[LiveGuest]:
-    with running_guest(guest_kit, tmpfs_path / "guest", LAYOUTS[request.param]) as running:
+@pytest.fixture(params=LAYOUTS, scope="module")
+def guest(request: pytest.FixtureRequest, guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[LiveGuest]:
+    directory = module_tmpfs_path / request.param.replace(" ", "-")
+    with running_guest(guest_kit, directory, LAYOUTS[request.param]) as running:
         yield running
 
 
@@ -68,12 +70,14 @@ async def monitored(guest: LiveGuest, directory: Path) -> AsyncIterator[Vm]:
         guard.close()
 
 
-async def cut(vm: Vm, guest: LiveGuest, scratch: Path, parent: int, epoch: int) -> tuple[list[Part], list[Path]]:
+async def cut(
+    vm: Vm, guest: LiveGuest, scratch: Path, group: str, parent: int, epoch: int
+) -> tuple[list[Part], list[Path]]:
     """Views of all disks, and clones of their images made inside the same stop."""
     found = await look_at(vm.monitor)
     parts = []
     for disk in [found.disk(disk.name) for disk in guest.disks]:
-        rotation = rotate(disk.tracking(), REPOSITORY, GROUP, parent, epoch)
+        rotation = rotate(disk.tracking(), REPOSITORY, group, parent, epoch)
         parts.append(Part(await prepare(vm.monitor, found, disk, scratch), rotation))
     async with vm.order:
         frozen = await vm.freeze(DEADLINE_S)
@@ -101,7 +105,7 @@ def test_what_is_staged_is_what_the_disks_held_at_the_cut(guest: LiveGuest, tmpf
     async def check() -> None:
         async with monitored(guest, tmpfs_path) as vm:
             for epoch in range(1, 4):
-                parts, clones = await cut(vm, guest, tmpfs_path, 0, epoch)
+                parts, clones = await cut(vm, guest, tmpfs_path, "all", 0, epoch)
                 guest.wait_until_it_writes()
                 for disk, part, clone in zip(guest.disks, parts, clones, strict=True):
                     staged = await stage(vm, part.view, (), STAGE_S)
@@ -125,7 +129,7 @@ def test_what_bitmaps_name_is_all_that_changed_also_over_aborted_epochs(guest: L
         async with monitored(guest, tmpfs_path) as vm:
             point = 0
             for epoch in range(1, 11):
-                parts, clones = await cut(vm, guest, tmpfs_path, point, epoch)
+                parts, clones = await cut(vm, guest, tmpfs_path, CHANGED, point, epoch)
                 for disk, part, clone, copy in zip(guest.disks, parts, clones, copies, strict=True):
                     assert (part.rotation.compare == "") == (point > 0)
                     if epoch % 3 != 0:
@@ -146,7 +150,7 @@ def test_what_bitmaps_name_is_all_that_changed_also_over_aborted_epochs(guest: L
 async def tidy(vm: Vm, guest: LiveGuest, point: int) -> None:
     found = await look_at(vm.monitor)
     for disk in [found.disk(disk.name) for disk in guest.disks]:
-        for name in leftovers(disk.tracking(), REPOSITORY, GROUP, point):
+        for name in leftovers(disk.tracking(), REPOSITORY, CHANGED, point):
             await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
 
 

@@ -53,6 +53,7 @@ class Machine:
         parts: list[Part] = []
         try:
             await self._prepare(epoch, parts)
+            pass_point("between-prepare-and-prepared")
             standing = await barrier.prepared(epoch, self.name)
             standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
             refuse_aborted(epoch, standing)

@@ -38,9 +38,7 @@ class Staged:
 async def stage(vm: Vm, view: View, changed: Sequence[str], timeout_s: float) -> Staged:
     """Copy what the bitmaps `changed` (of the view's disk, disabled) say together, or everything if there are none.
     UnavailableError if the scratch image, the staged one or QEMU fails, or time is up: nothing is left then."""
-    monitor = vm.monitor
-    image = view.scratch.with_name(f"{view.mark}.stage.qcow2")
-    node, job = f"{OURS}stage-{view.mark}", f"{OURS}stage-{view.mark}"
+    monitor, image, node, job = vm.monitor, _image_of(view), _name_of(view), _name_of(view)
     await make_image(monitor, image, view.disk.size)
     try:
         await add_image(monitor, node, image)
@@ -64,6 +62,24 @@ async def stage(vm: Vm, view: View, changed: Sequence[str], timeout_s: float) ->
         image.unlink(missing_ok=True)
         raise
     return Staged(image, view.disk.size)
+
+
+async def clear(vm: Vm, view: View) -> None:
+    """What an agent that was killed while it staged has left of that."""
+    await _dismiss(vm, view, _name_of(view))
+    nodes = await vm.monitor.execute("query-named-block-nodes", {"flat": True})
+    if any(node["node-name"] == _name_of(view) for node in nodes):
+        await delete_node(vm.monitor, _name_of(view))
+    _image_of(view).unlink(missing_ok=True)
+
+
+def _name_of(view: View) -> str:
+    """Of the job, and of its target's node."""
+    return f"{OURS}stage-{view.mark}"
+
+
+def _image_of(view: View) -> Path:
+    return view.scratch.with_name(f"{view.mark}.stage.qcow2")
 
 
 async def _what(monitor: Monitor, view: View, changed: Sequence[str]) -> dict[str, object]:

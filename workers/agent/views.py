@@ -28,9 +28,11 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from coordinator.model.errors import RefusedError, UnavailableError
 from workers.agent.guest import OURS, Guest, GuestDisk, look_at
@@ -44,6 +46,7 @@ CBW_TIMEOUT_S = 2
 IN_USE_S = 5.0
 """How long a node may be called in use after the job or the reader that used it is gone."""
 _IN_USE_PAUSE_S = 0.05
+_RECORD = ".view.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +93,9 @@ async def prepare(monitor: Monitor, guest: Guest, disk: GuestDisk, directory: Pa
     mark = secrets.token_hex(4)
     busy = bool(disk.iothread) and guest.version < _OPENS_UNDER_LOAD
     view = View(disk, directory / f"{mark}.scratch.qcow2", mark, opens_when_stopped=busy)
-    await make_image(monitor, view.scratch, disk.size)
+    await asyncio.to_thread(_remember, monitor.path, view)
     try:
+        await make_image(monitor, view.scratch, disk.size)
         await add_image(monitor, view.scratch_node, view.scratch)
         if not view.opens_when_stopped:
             await _add_filter(monitor, view, ANSWER_S)
@@ -143,6 +147,50 @@ async def remove(monitor: Monitor, view: View) -> None:
     if view.scratch_node in nodes:
         await delete_node(monitor, view.scratch_node)
     view.scratch.unlink(missing_ok=True)
+    _record_of(view).unlink(missing_ok=True)
+
+
+def remembered(directory: Path) -> Iterator[tuple[Path, View]]:
+    """(monitor, view) of all whose scratch images are in a directory: an agent that was killed has left them. One whose
+    guest has ended since is to be forgotten (`forget`)."""
+    for path in sorted(directory.glob(f"*{_RECORD}")):
+        try:
+            record = _Record.model_validate_json(path.read_bytes())
+        except ValueError:  # cut off by a crash: nothing was done to the guest yet
+            path.unlink()
+        else:
+            yield record.monitor, record.view
+
+
+def forget(view: View) -> None:
+    """Its guest has ended, and with it all that was done to it."""
+    view.scratch.unlink(missing_ok=True)
+    _record_of(view).unlink(missing_ok=True)
+
+
+class _Record(BaseModel):
+    """What an agent that starts has to know of a view."""
+
+    monitor: Path
+    view: View
+
+
+def _record_of(view: View) -> Path:
+    return view.scratch.with_name(f"{view.mark}{_RECORD}")
+
+
+def _remember(monitor: Path, view: View) -> None:
+    """Durable before anything is done to the guest."""
+    try:
+        with _record_of(view).open("xb") as file:
+            file.write(_Record(monitor=monitor, view=view).model_dump_json().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UnavailableError(
+            f"nothing can be written to the scratch directory {view.scratch.parent}: {error.strerror}",
+            "make room there, or name another",
+        ) from error
 
 
 async def delete_node(monitor: Monitor, node: str) -> None:

@@ -1,0 +1,224 @@
+"""Agents and guards of two hosts as processes, each with a guest; agents that are killed or sleep in every phase."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from coordinator.ledger import RedisLedger
+from coordinator.model.epoch import Epoch, EpochSpec, Participant, Phase
+from tests.contract.conftest import running_valkey
+from tests.guest import GuestKit
+from tests.live_guest import LiveDisk, LiveGuest, first_number, running_pair
+from tests.stack import Process, wait_until
+from workers.agent.guest import OURS, look_at
+from workers.agent.monitor import Monitor
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
+
+GROUP = "shop"
+HOUR_MS = 3_600_000
+FREEZE_MS = 1500
+"""What guests are promised here, on a machine that has two processors for all of this."""
+STEP_S = 30.0
+BEFORE_CUT = ("between-prepare-and-prepared", "between-stop-and-frozen", "between-go-and-cut")
+
+
+class Host:
+    """An agent and a guard, as an operator would start them, and the guest they look after."""
+
+    def __init__(self, name: str, directory: Path, guest: LiveGuest, ledger_url: str) -> None:
+        self.name = name
+        self.guest = guest
+        self.scratch = directory / "scratch"
+        self._directory = directory
+        directory.mkdir()
+        self._environ = {
+            **os.environ,
+            "FLUSHPOINT_REDIS_URL": ledger_url,
+            "FLUSHPOINT_GUARD_SOCKET": str(directory / "guard"),
+            "FLUSHPOINT_JOURNAL_DIR": str(directory / "frozen"),
+            "FLUSHPOINT_SCRATCH_DIR": str(self.scratch),
+        }
+        self.guard = self._started(["guard"], self._environ)
+        wait_until((directory / "guard").exists, "the guard's socket", STEP_S)
+        self.agent: Process | None = None
+
+    def start_agent(self, failpoint: str = "") -> None:
+        """In the place of the one before, which has ended; ready when this returns. `failpoint` is NAME:ACTION."""
+        self.end_agent()
+        self.trip = self._directory / "tripped"
+        self.trip.unlink(missing_ok=True)
+        environ = {**self._environ, "FLUSHPOINT_FAILPOINT": f"{failpoint}:{self.trip}"} if failpoint else self._environ
+        (self._directory / "agent.log").unlink(missing_ok=True)
+        self.agent = self._started(["agent", "--host", self.name], environ)
+        log = self.agent.log
+        wait_until(lambda: "ready" in log.read_text(), f"the agent of {self.name}", STEP_S)
+
+    def end_agent(self) -> None:
+        if self.agent is not None:
+            self.agent.terminate()
+
+    def signal_agent(self, number: signal.Signals) -> None:
+        assert self.agent is not None
+        os.kill(self.agent.pid, number)
+
+    def _started(self, words: list[str], environ: dict[str, str]) -> Process:
+        return Process([sys.executable, "-m", "flushpoint", *words], self._directory / f"{words[0]}.log", environ)
+
+    def staged(self, epoch: Epoch) -> Path:
+        disk = self.guest.disks[0].name
+        return self.scratch / epoch.name / self.guest.directory.name / f"{disk}.qcow2"
+
+    def kill(self) -> None:
+        for process in (self.agent, self.guard):
+            if process is not None:
+                process.kill()
+
+
+class Group:
+    """Two guests that write in turns, each on a host of its own; the test is their coordinator."""
+
+    def __init__(self, hosts: list[Host], ledger: RedisLedger) -> None:
+        self.hosts = hosts
+        self._ledger = ledger
+        term = ledger.lead("leader", HOUR_MS)
+        assert term is not None
+        ledger.adopt_run(term, 0)
+        self._term = term
+
+    def open(self) -> Epoch:
+        parts = [
+            Participant(
+                vm=host.guest.directory.name,
+                host=host.name,
+                qmp=str(host.guest.monitor),
+                disks=tuple(disk.name for disk in host.guest.disks),
+            )
+            for host in self.hosts
+        ]
+        spec = EpochSpec(participants=tuple(parts), prepare_ms=5_000, freeze_ms=FREEZE_MS, repository="0a1b")
+        return self._ledger.open_epoch(self._term, GROUP, spec)
+
+    def now(self) -> Epoch:
+        epoch = self._ledger.newest_epoch(GROUP)
+        assert epoch is not None
+        return epoch
+
+    def wait_for(self, *phases: Phase) -> Epoch:
+        wait_until(lambda: self.now().phase in phases, f"an epoch to be {' or '.join(phases)}", STEP_S)
+        return self.now()
+
+    def give_up(self) -> None:
+        self._ledger.give_up_epoch(self._term, GROUP, self.now().number, "the test gives it up")
+
+    def check_an_epoch(self) -> None:
+        """It is taken and staged, and no effect is in it without its cause."""
+        epoch = self.open()
+        taken = self.wait_for(Phase.TAKEN, Phase.ABORTED)
+        assert taken.phase is Phase.TAKEN, taken.why
+        images = [host.staged(epoch) for host in self.hosts]
+        wait_until(lambda: all(image.exists() for image in images), "images to be staged", STEP_S)
+        lead, follow = map(first_number, images)
+        assert follow <= lead <= follow + 1
+        self._ledger.retire_epoch(self._term, GROUP, epoch.number)
+        wait_until(lambda: not any(image.exists() for image in images), "images to go", STEP_S)
+
+    def check_that_all_write(self) -> None:
+        for host in self.hosts:
+            host.guest.wait_until_it_writes()
+
+
+@pytest.fixture(scope="module")
+def cluster(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[Group]:
+    with (
+        running_pair(guest_kit, module_tmpfs_path / "pair", LiveDisk("a"), LiveDisk("b", iothread=True)) as guests,
+        running_valkey() as valkey,
+        closing(RedisLedger(valkey.url)) as ledger,
+    ):
+        hosts = [
+            Host(f"hv{n}", module_tmpfs_path / f"hv{n}", guest, valkey.url) for n, guest in enumerate(guests, start=1)
+        ]
+        try:
+            yield Group(hosts, ledger)
+        finally:
+            for host in hosts:
+                host.kill()
+
+
+@pytest.fixture
+def group(cluster: Group) -> Group:
+    """One for all tests, with agents that were just started."""
+    for host in cluster.hosts:
+        host.start_agent()
+    return cluster
+
+
+async def left_in(guest: LiveGuest) -> list[str]:
+    """What of ours is in a guest that no agent holds."""
+    monitor = await Monitor.connect(guest.monitor)
+    try:
+        nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+        jobs = [job["id"] for job in await monitor.execute("query-jobs")]
+        bitmaps = [bitmap.name for disk in (await look_at(monitor)).disks for bitmap in disk.bitmaps]
+        assert len(bitmaps) == 1, f"the bitmap of the newest point and no other: {bitmaps}"
+        return [*jobs, *(node["node-name"] for node in nodes if node["node-name"].startswith(OURS))]
+    finally:
+        await monitor.close()
+
+
+def test_epoch_after_epoch_is_taken_and_nothing_is_left_in_the_guests(group: Group) -> None:
+    for _ in range(8):
+        group.check_an_epoch()
+    group.check_that_all_write()
+    for host in group.hosts:
+        host.end_agent()
+        assert asyncio.run(left_in(host.guest)) == []
+
+
+@pytest.mark.parametrize("point", BEFORE_CUT)
+@pytest.mark.parametrize("action", ["kill", "stop"])
+def test_an_agent_that_is_lost_before_its_cut_aborts_the_epoch_and_harms_nobody(
+    group: Group, point: str, action: str
+) -> None:
+    _, second = group.hosts
+    group.check_an_epoch()
+    second.start_agent(f"{point}:{action}")
+    group.open()
+    wait_until(second.trip.exists, f"the agent to reach {point}", STEP_S)
+    group.check_that_all_write()
+    if action == "stop":
+        group.wait_for(Phase.ABORTED, Phase.CUTTING)  # after GO it is waited for
+        second.signal_agent(signal.SIGCONT)
+    else:
+        second.start_agent()
+    aborted = group.wait_for(Phase.ABORTED)
+    assert "follow" in aborted.why
+    group.check_that_all_write()
+    group.check_an_epoch()
+    for host in group.hosts:
+        host.end_agent()
+        assert asyncio.run(left_in(host.guest)) == []
+
+
+def test_an_agent_that_is_killed_while_it_stages_leaves_nothing_once_it_is_started_again(group: Group) -> None:
+    _, second = group.hosts
+    group.check_an_epoch()
+    second.start_agent("before-stage:kill")
+    group.open()
+    group.wait_for(Phase.TAKEN)
+    wait_until(second.trip.exists, "the agent to stage", STEP_S)
+    group.check_that_all_write()
+    group.give_up()
+    second.start_agent()
+    group.check_an_epoch()
+    for host in group.hosts:
+        host.end_agent()
+        assert asyncio.run(left_in(host.guest)) == []

@@ -1,0 +1,51 @@
+"""`python -m workers.agent`: a host's agent."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from contextlib import aclosing, closing, suppress
+from pathlib import Path
+
+import structlog
+
+from coordinator.ledger import open_barrier
+from coordinator.logs import configure_logs
+from coordinator.model.errors import FlushpointError
+from coordinator.settings import Settings, load_settings
+from workers.agent.guard import GuardLink
+from workers.agent.journal import Journal
+from workers.agent.service import Agent
+
+log = structlog.get_logger()
+
+
+async def serve(settings: Settings) -> None:
+    """Until SIGTERM or SIGINT."""
+    scratch = Path(settings.scratch_dir)
+    scratch.mkdir(mode=0o711, parents=True, exist_ok=True)
+    barrier = open_barrier(settings.redis_url, settings.redis_prefix)
+    async with aclosing(barrier):
+        with closing(GuardLink(Path(settings.guard_socket))) as guard:
+            journal = Journal(Path(settings.journal_dir))
+            agent = Agent(settings.agent_host, barrier, guard, journal, scratch)
+            running = asyncio.create_task(agent.run(lambda: log.info("ready", host=settings.agent_host)))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+def main() -> int:
+    configure_logs("agent")
+    try:
+        asyncio.run(serve(load_settings()))
+    except FlushpointError as error:
+        print(f"flushpoint agent: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
