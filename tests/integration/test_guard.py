@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,44 @@ def test_a_cut_in_which_somebody_let_the_guest_run_is_refused(
 def test_nothing_is_stopped_without_a_guard(tmpfs_path: Path) -> None:
     with pytest.raises(UnavailableError, match="without one no guest is stopped"):
         GuardLink(tmpfs_path / "guard")
+
+
+def test_a_link_outlives_a_guard_that_sleeps_or_is_started_again(
+    guest: LiveGuest, guard: Process, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes no late answer for that of its next question."""
+    monkeypatch.setattr(GuardLink, "TIMEOUT_S", 0.3)
+
+    async def ask() -> None:
+        monitor = await Monitor.connect(guest.monitor)
+        link = GuardLink(tmpfs_path / "guard")
+        os.kill(guard.pid, signal.SIGSTOP)
+        with pytest.raises(UnavailableError, match="does not answer"):
+            link.freeze("guest", monitor.fileno(), LONG_S)
+        os.kill(guard.pid, signal.SIGCONT)
+        wait_until(lambda: "its agent has left" in guard.log.read_text(), "the guard to notice")
+        assert (await monitor.execute("query-status"))["running"], "the agent still hears what QEMU says"
+        with pytest.raises(UnavailableError, match="at most a minute"):
+            link.freeze("guest", monitor.fileno(), 1000)
+        link.freeze("guest", monitor.fileno(), LONG_S)
+        guard.terminate()
+        with pytest.raises(UnavailableError, match=r"has ended|does not answer"):
+            link.thawed("guest")
+        with pytest.raises(UnavailableError, match="without one no guest is stopped"):
+            link.freeze("guest", monitor.fileno(), LONG_S)
+        other = Guard(tmpfs_path / "guard", print)
+        serving = threading.Thread(target=other.run, args=(ended.is_set,))
+        serving.start()
+        link.freeze("guest", monitor.fileno(), LONG_S)
+        link.close()
+        ended.set()
+        serving.join()
+        other.close()
+        await monitor.close()
+
+    ended = threading.Event()
+    asyncio.run(ask())
+    guest.wait_until_it_writes()
 
 
 def test_there_is_one_guard_a_host(tmpfs_path: Path) -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from coordinator.model.bitmap import Rotation
-from coordinator.model.errors import NotFoundError, RefusedError
+from coordinator.model.errors import NotFoundError, RefusedError, UnavailableError
 from workers.agent import views
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
@@ -96,7 +97,10 @@ class Vm:
             return 0.0
         await self.monitor.execute("cont")
         stood_s = time.monotonic() - frozen.stopped_at
-        await asyncio.to_thread(self._guard.thawed, self._name)
+        with suppress(
+            UnavailableError
+        ):  # one that is gone has let everybody run, and one that hangs is told so next time
+            await asyncio.to_thread(self._guard.thawed, self._name)
         await asyncio.to_thread(self._journal.erase, self.monitor.path)
         return stood_s
 

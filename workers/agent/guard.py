@@ -24,9 +24,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -38,6 +40,9 @@ from coordinator.model.errors import FlushpointError, RefusedError, UnavailableE
 from coordinator.settings import load_settings
 
 MESSAGE_BYTES = 4096
+GONE_S = 0.1
+"""Between the end of a process's connections and its own."""
+_PEER = struct.Struct("iII")
 END_S = 2.0
 """How long a guard that is told to end waits for answers."""
 _READ_BYTES = 65536
@@ -74,6 +79,8 @@ class Guard:
         self._say = say
         self._freezes: dict[tuple[int, str], _Freeze] = {}
         """By the agent's connection and the guest's name."""
+        self._agents: dict[socket.socket, int] = {}
+        """Their pidfds, -1 where there is none."""
         self._orphans: dict[socket.socket, _Freeze] = {}
         """By their monitors: those whose agents are gone."""
         self._selector = selectors.DefaultSelector()
@@ -107,6 +114,9 @@ class Guard:
             self._step(AGAIN_S)
         for freeze in self._freezes.values():
             freeze.monitor.close()
+        for process in self._agents.values():
+            if process >= 0:
+                os.close(process)
         for key in list(self._selector.get_map().values()):
             assert isinstance(key.fileobj, socket.socket)
             key.fileobj.close()
@@ -119,6 +129,7 @@ class Guard:
     def _accept(self) -> None:
         agent, _ = self._listener.accept()
         agent.setblocking(False)
+        self._agents[agent] = _process_of(agent)
         self._selector.register(agent, selectors.EVENT_READ)
 
     def _hear(self, agent: socket.socket) -> None:
@@ -130,7 +141,7 @@ class Guard:
             data, descriptors = b"", []
         if not data:
             self._selector.unregister(agent)
-            self._thaw_all_of(agent.fileno())
+            self._thaw_all_of(agent)
             agent.close()
             return
         try:
@@ -177,14 +188,22 @@ class Guard:
                 why = "its agent is gone" if freeze.monitor in self._orphans else "its deadline is over"
                 self._say(f"let {freeze.name} run: {why}")
 
-    def _thaw_all_of(self, agent: int) -> None:
-        """Its agent is gone, and with it whoever could stop one of them again."""
+    def _thaw_all_of(self, agent: socket.socket) -> None:
+        """Its connection has ended. If it has too, nobody could stop one of them again, and nobody else reads what QEMU
+        says; else it goes on speaking on its monitors, and nobody else may read there."""
+        is_gone = _has_ended(self._agents.pop(agent))
         for key, freeze in list(self._freezes.items()):
-            if freeze.agent == agent:
-                del self._freezes[key]
+            if freeze.agent != agent.fileno():
+                continue
+            del self._freezes[key]
+            if is_gone:
                 freeze.is_told, freeze.ends_at = False, 0.0
                 self._orphans[freeze.monitor] = freeze
                 self._selector.register(freeze.monitor, selectors.EVENT_READ)
+            else:
+                _let_run(freeze)
+                self._say(f"let {freeze.name} run: its agent has left")
+                freeze.monitor.close()
         self._thaw_overdue()
 
     def _read_answer(self, freeze: _Freeze) -> None:
@@ -200,6 +219,27 @@ class Guard:
             self._selector.unregister(freeze.monitor)
             del self._orphans[freeze.monitor]
             freeze.monitor.close()
+
+
+def _process_of(agent: socket.socket) -> int:
+    """A pidfd of the process at the other end, -1 if it cannot be had (pidfd_open(2))."""
+    pid, _, _ = _PEER.unpack(agent.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1
+
+
+def _has_ended(process: int) -> bool:
+    """Of one that is not known: yes. Connections end a moment before their process does."""
+    if process < 0:
+        return True
+    waiting = select.poll()
+    waiting.register(process, select.POLLIN)
+    try:
+        return bool(waiting.poll(GONE_S * 1000))
+    finally:
+        os.close(process)
 
 
 def _let_run(freeze: _Freeze) -> bool:
@@ -235,44 +275,63 @@ def _listen(path: Path) -> socket.socket:
 
 
 class GuardLink:
-    """The agent's end. Calls take microseconds on a host that is well, and are bounded on one that is not."""
+    """The agent's end. Thread-safe; calls take microseconds on a host that is well, and are bounded on one that is not.
+
+    After an error the guard is connected to anew by the next call: it may have been started again.
+    """
 
     TIMEOUT_S = 1.0
 
     def __init__(self, path: Path) -> None:
         """UnavailableError where no guard serves `path`: without one no guest is ever stopped."""
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(self.TIMEOUT_S)
         self._path = path
-        try:
-            self._socket.connect(str(path))
-        except OSError as error:
-            self._socket.close()
-            raise UnavailableError(
-                f"no guard answers at {path} ({error.strerror}), and without one no guest is stopped",
-                "start flushpoint guard on this host",
-            ) from error
+        self._turn = threading.Lock()
+        self._socket: socket.socket | None = self._connected()
 
     def freeze(self, guest: str, monitor: int, deadline_s: float) -> None:
         """Before `stop`: from here on the guard will let the guest run after `deadline_s`. UnavailableError."""
         self._ask({"do": "freeze", "guest": guest, "deadline_s": deadline_s}, [monitor])
 
     def thawed(self, guest: str) -> None:
-        """After `cont`."""
+        """After `cont`. UnavailableError: a guard that is gone has told everybody to run."""
         self._ask({"do": "thawed", "guest": guest}, [])
 
     def close(self) -> None:
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connected(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(self.TIMEOUT_S)
+        try:
+            connection.connect(str(self._path))
+        except OSError as error:
+            connection.close()
+            raise UnavailableError(
+                f"no guard answers at {self._path} ({error.strerror}), and without one no guest is stopped",
+                "start flushpoint guard on this host",
+            ) from error
+        return connection
 
     def _ask(self, message: dict[str, object], descriptors: list[int]) -> None:
-        try:
-            socket.send_fds(self._socket, [json.dumps(message).encode()], descriptors)
-            answer = json.loads(self._socket.recv(MESSAGE_BYTES) or b"{}")
-        except OSError as error:
-            raise UnavailableError(f"the guard at {self._path} does not answer ({error})", "look at its log") from error
-        if not answer.get("ok"):
-            why = answer.get("error", "it has ended")
-            raise UnavailableError(f"the guard at {self._path} refused: {why}", "look at its log")
+        with self._turn:
+            if self._socket is None:
+                self._socket = self._connected()
+            try:
+                socket.send_fds(self._socket, [json.dumps(message).encode()], descriptors)
+                answer = json.loads(self._socket.recv(MESSAGE_BYTES) or b"{}")
+            except OSError as error:
+                self.close()  # a late answer would be taken for that of the next question
+                why = error.strerror or str(error)
+                raise UnavailableError(
+                    f"the guard at {self._path} does not answer ({why})", "look at its log"
+                ) from error
+            if "ok" not in answer:
+                self.close()
+                raise UnavailableError(f"the guard at {self._path} has ended", "start it again")
+        if not answer["ok"]:
+            raise UnavailableError(f"the guard at {self._path} refused: {answer['error']}", "look at its log")
 
 
 def main() -> int:
