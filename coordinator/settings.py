@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
@@ -85,8 +84,8 @@ class Settings(BaseSettings):
 
     guard_socket: str = "/run/flushpoint/guard"
     """Where the guard of a host listens for its agent."""
-    agent_host: str = Field(default_factory=socket.gethostname)
-    """How the host of an agent is called in groups."""
+    agent_host: str = ""
+    """How the host of an agent is called in groups; "": by its own name."""
     scratch_dir: str = "/var/lib/flushpoint/scratch"
     """Where an agent keeps old blocks of disks while they are copied, and what was staged; on a disk of the host's."""
     journal_dir: str = "/var/lib/flushpoint/frozen"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from contextlib import aclosing, closing, suppress
 from pathlib import Path
@@ -29,8 +30,9 @@ async def serve(settings: Settings) -> None:
     async with aclosing(barrier):
         with closing(GuardLink(Path(settings.guard_socket))) as guard:
             journal = Journal(Path(settings.journal_dir))
-            agent = Agent(settings.agent_host, barrier, guard, journal, scratch)
-            running = asyncio.create_task(agent.run(lambda: log.info("ready", host=settings.agent_host)))
+            host = settings.agent_host or socket.gethostname()
+            agent = Agent(host, barrier, guard, journal, scratch)
+            running = asyncio.create_task(agent.run(lambda: log.info("ready", host=host)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, running.cancel)
             with suppress(asyncio.CancelledError):
