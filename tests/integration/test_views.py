@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.model.bitmap import leftovers, rotate
+from coordinator.model.errors import UnavailableError
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
 from tests.guest import GuestKit
@@ -23,7 +24,8 @@ from workers.agent.guard import Guard, GuardLink
 from workers.agent.guest import OURS, look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
-from workers.agent.stage import stage
+from workers.agent.service import stage_all
+from workers.agent.stage import Staged, stage
 from workers.agent.views import prepare, remove
 from workers.sources import open_source
 
@@ -143,6 +145,24 @@ def test_what_bitmaps_name_is_all_that_changed_also_over_aborted_epochs(guest: L
                     point = epoch
                 await tidy(vm, guest, point)
             assert await ours(vm) == []
+
+    asyncio.run(check())
+
+
+def test_a_disk_that_cannot_be_staged_leaves_no_view_of_any(
+    guest: LiveGuest, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> Staged:
+        raise UnavailableError("no room")
+
+    async def check() -> None:
+        async with monitored(guest, tmpfs_path) as vm:
+            parts, _ = await cut(vm, guest, tmpfs_path, "failing", 0, 1)
+            monkeypatch.setattr("workers.agent.service.stage", fail)
+            with pytest.raises(UnavailableError, match="no room"):
+                await stage_all(vm, parts, tmpfs_path / "staged")
+            assert await ours(vm) == []
+            guest.wait_until_it_writes()
 
     asyncio.run(check())
 

@@ -97,9 +97,7 @@ class Vm:
             return 0.0
         await self.monitor.execute("cont")
         stood_s = time.monotonic() - frozen.stopped_at
-        with suppress(
-            UnavailableError
-        ):  # one that is gone has let everybody run, and one that hangs is told so next time
+        with suppress(UnavailableError):  # a guard that is gone or hangs lets the guest run, too
             await asyncio.to_thread(self._guard.thawed, self._name)
         await asyncio.to_thread(self._journal.erase, self.monitor.path)
         return stood_s

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import structlog
@@ -23,13 +23,13 @@ from coordinator.ledger.barrier import Barrier, News
 from coordinator.model.bitmap import leftovers
 from coordinator.model.epoch import OVER, Epoch, Participant, Phase
 from coordinator.model.errors import FlushpointError, NotFoundError
-from workers.agent.cut import Vm, let_run
+from workers.agent.cut import Part, Vm, let_run
 from workers.agent.feed import Feed
 from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
-from workers.agent.participant import AbortedError, Machine, Taken, recover
+from workers.agent.participant import AbortedError, Machine, recover
 from workers.agent.stage import clear, stage
 from workers.agent.views import forget, remembered, remove
 from workers.failpoint import pass_point
@@ -107,7 +107,7 @@ class Agent:
         try:
             taken = await machine.take_part(epoch, self._barrier, self._feed)
             said.info("cut", freeze_ms=round(taken.facts.freeze_ms, 1))
-            await self._stage(epoch, participant, vm, taken)
+            await stage_all(vm, taken.parts, self._place(epoch.group, epoch.number) / participant.vm)
             said.info("staged")
         except AbortedError as error:
             said.info(error.message)
@@ -115,17 +115,6 @@ class Agent:
             said.warning("nothing comes of this machine's part", error=str(error))
             if isinstance(error, GuestSilentError):
                 await self._let_go(Path(participant.qmp))
-
-    async def _stage(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> None:
-        place = self._place(epoch.group, epoch.number) / participant.vm
-        place.mkdir(parents=True, exist_ok=True)
-        for part in taken.parts:
-            try:
-                pass_point("before-stage")
-                staged = await stage(vm, part.view, part.rotation.changed, STAGE_S)
-                staged.image.replace(place / f"{part.view.disk.device}.qcow2")
-            finally:
-                await remove(vm.monitor, part.view)
 
     async def _tidy(self, group: str, number: int, phase: Phase, after: asyncio.Task[None] | None) -> None:
         """Once it is over, and this host has ended its part."""
@@ -173,3 +162,16 @@ class Agent:
                 forget(view)
         for place in self._scratch.glob("*@*"):
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+
+
+async def stage_all(vm: Vm, parts: Sequence[Part], place: Path) -> None:
+    """Every disk as PLACE/DISK.qcow2. No view is left, also of disks whose turn did not come after an error."""
+    async with AsyncExitStack() as left:
+        for part in parts:
+            left.push_async_callback(remove, vm.monitor, part.view)
+        place.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            pass_point("before-stage")
+            staged = await stage(vm, part.view, part.rotation.changed, STAGE_S)
+            staged.image.replace(place / f"{part.view.disk.device}.qcow2")
+            await remove(vm.monitor, part.view)  # the guest is rid of the filter as soon as may be
