@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 import boto3
 
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
+from tests.ports import free_ports
 
 START_S = 30.0
 ACCESS_KEY, SECRET_KEY = "flushpoint-tests", "not-a-secret-of-anybody"
@@ -58,8 +58,9 @@ def running_seaweedfs() -> Iterator[ObjectServer]:
     Without peers the master elects itself at once. It is killed: told to end, it waits 15 s for its own streams.
     """
     directory = Path(tempfile.mkdtemp(prefix="flushpoint-weed-", dir=_SHM if _SHM.is_dir() else None))
-    ports = dict(zip(("master", "volume", "filer", "s3"), _free_ports(4), strict=True))
-    grpc_ports = dict(zip(ports, _free_ports(4), strict=True))
+    parts, numbers = ("master", "volume", "filer", "s3"), free_ports(8)
+    ports = dict(zip(parts, numbers[:4], strict=True))
+    grpc_ports = dict(zip(parts, numbers[4:], strict=True))
     options = [f"-{part}.port={port}" for part, port in ports.items()]
     options += [f"-{part}.port.grpc={port}" for part, port in grpc_ports.items()]
     options += [f"-{part}.localSocket={directory}/{part}.sock" for part in ("filer", "s3")]
@@ -79,7 +80,7 @@ def running_seaweedfs() -> Iterator[ObjectServer]:
 @contextmanager
 def running_moto() -> Iterator[ObjectServer]:
     """Everything in memory. Its conditional PUT looks before it writes, and so has a race."""
-    [port] = _free_ports(1)
+    [port] = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="flushpoint-moto-") as directory:
         command = [sys.executable, "-P", "-m", "moto.server", "--host=127.0.0.1", f"--port={port}"]
         with _running(command, port, "/moto-api/data.json", Path(directory) / "log") as server:
@@ -119,14 +120,6 @@ def _is_healthy(port: int, path: str) -> bool:
 def _program(name: str) -> str:
     """Of this virtual environment, which need not be on the PATH."""
     return str(Path(sys.executable).with_name(name))
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def client_of(server: ObjectServer) -> Any:

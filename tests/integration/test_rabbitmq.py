@@ -17,6 +17,7 @@ from kombu.exceptions import OperationalError
 from coordinator import broker
 from coordinator.model.messages import MOVER_ROLE, Doorbell
 from coordinator.settings import Settings
+from tests.ports import free_ports
 from tests.stack import (
     MIB,
     Process,
@@ -32,14 +33,6 @@ from tests.stack import (
 pytestmark = pytest.mark.needs("rabbitmq-server")
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 """Debian's wrapper on the PATH insists on the system's own node and user."""
-
-
-def free_ports(count: int) -> list[int]:
-    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in with_ports]
-    for listener in with_ports:
-        listener.close()
-    return ports
 
 
 def accepts(port: int) -> bool:
