@@ -1,7 +1,8 @@
 """Reads disks of recovery points: maps and runs by as few ranged requests as may be, each run checked.
 
-Runs of one segment that lie side by side in a pack are fetched together, and so are maps: whoever reads a disk from its
-start to its end makes about one request for SPAN_BYTES. Spans are kept for a moment, since many threads read one
+Runs of one segment that lie side by side in a pack are fetched together, and so are the maps of one page of the root:
+whoever reads a disk from its start to its end makes about one request for SPAN_BYTES, and for maps a few for each pack
+that a page refers to, whatever lies between their segments. Spans are kept for a moment, since many threads read one
 segment; two that want the same span wait for one request.
 """
 
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
@@ -19,7 +20,7 @@ from workers.repository import segment_map
 from workers.repository.keyring import Keyring
 from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError, pack_key, read_range
 from workers.repository.pack import map_context, map_digest
-from workers.repository.prefetch import AT_ONCE, Prefetcher
+from workers.repository.prefetch import Prefetcher
 from workers.repository.relocations import MAX_HOPS, Relocations
 from workers.repository.root import Page, Root
 from workers.repository.runs import Run, open_run
@@ -30,8 +31,9 @@ SPAN_BYTES = 8 * 1024 * 1024
 """What is fetched at once. With SPANS of them held, 48 MiB a reader."""
 SPANS = 6
 MAP_SPAN_BYTES = 256 * 1024
-MAP_SPANS = 2 * AT_ONCE
-"""Maps are fetched ahead, and after many epochs each is in another pack."""
+MAP_PAGES = 4
+"""Of so many pages of the root fetched maps are held, at most 3 MB each. After many epochs neighbours have theirs in
+different packs, so that whoever reads in order comes back to each span again and again."""
 MAPS = 128
 PAGES = 16
 GAP_BYTES = BLOCK_BYTES
@@ -86,7 +88,18 @@ class _Located:
     """The map of a segment, and for each of its blocks the span its run is fetched with."""
 
     runs: SegmentMap
-    spans: tuple[_Span | None, ...]
+    spans: dict[int, _Span]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """A page of the root, for each of its segments the span its map is fetched with, and whose maps a span holds."""
+
+    maps: Page
+    spans: dict[int, _Span]
+    members: dict[_Span, list[MapRef]]
+    fetched: _Once[_Span, dict[int, bytes] | None] = field(default_factory=lambda: _Once(SEGMENTS_A_PAGE))
+    """The stored maps of a span, by segment; None if the pack is gone."""
 
 
 class Fetcher:
@@ -150,7 +163,7 @@ class PointDisk:
         self._fetcher = fetcher
         self._span_bytes = span_bytes
         self._pages: _Once[int, Page] = _Once(PAGES)
-        self._map_spans: _Once[_Span, bytes | None] = _Once(MAP_SPANS)
+        self._mapped: _Once[int, _Mapped] = _Once(MAP_PAGES)
         self._maps: _Once[int, _Located | None] = _Once(MAPS)
         self._spans: _Once[_Span, bytes | None] = _Once(SPANS)
 
@@ -209,8 +222,7 @@ class PointDisk:
                 piece[:] = memoryview(block)[at - start : stop - start]
             at = stop
 
-    def _block(self, run: Run, span: _Span | None, length: int) -> Buffer:
-        assert span is not None
+    def _block(self, run: Run, span: _Span, length: int) -> Buffer:
         fetched = self._spans.get(span, lambda: self._fetch(span))
         if fetched is None:
             return self._fetcher.moved_block(run, length)
@@ -231,16 +243,34 @@ class PointDisk:
         return self._maps.get(segment, lambda: self._load(segment))
 
     def _load(self, segment: int) -> _Located | None:
-        page = self._page(segment // SEGMENTS_A_PAGE)
-        ref = page.get(segment)
+        page = self._mapped.get(segment // SEGMENTS_A_PAGE, lambda: self._map_page(segment // SEGMENTS_A_PAGE))
+        ref = page.maps.get(segment)
         if ref is None:
             return None
-        span = _span_of_maps(page, ref)
-        fetched = self._map_spans.get(span, lambda: self._fetch(span))
-        start = ref.offset - span.start
-        stored = None if fetched is None else memoryview(fetched)[start : start + ref.length]
-        runs = self._fetcher.map(self.name, ref, stored)
-        return _Located(runs, _spans_of(runs, self._span_bytes))
+        span = page.spans[segment]
+        fetched = page.fetched.get(span, lambda: self._fetch_maps(page, span))
+        runs = self._fetcher.map(self.name, ref, None if fetched is None else fetched[segment])
+        places = ((run.pack, run.offset, run.length, index) for index, run in enumerate(runs) if run is not None)
+        return _Located(runs, _spans_of(places, self._span_bytes))
+
+    def _map_page(self, number: int) -> _Mapped:
+        page = self._page(number)
+        places = ((ref.pack, ref.offset, ref.length, segment) for segment, ref in page.items())
+        spans = _spans_of(places, MAP_SPAN_BYTES)
+        members: dict[_Span, list[MapRef]] = {}
+        for segment, span in spans.items():
+            members.setdefault(span, []).append(page[segment])
+        return _Mapped(page, spans, members)
+
+    def _fetch_maps(self, page: _Mapped, span: _Span) -> dict[int, bytes] | None:
+        """Only what the page names of the span: much of what lies between may have been replaced since."""
+        fetched = self._fetch(span)
+        if fetched is None:
+            return None
+        return {
+            ref.segment: fetched[ref.offset - span.start : ref.offset - span.start + ref.length]
+            for ref in page.members[span]
+        }
 
 
 def _extents_of(located: _Located | None, offset: int, stop: int) -> Iterator[Extent]:
@@ -255,41 +285,20 @@ def _extents_of(located: _Located | None, offset: int, stop: int) -> Iterator[Ex
         offset = end
 
 
-def _span_of_maps(page: Page, ref: MapRef) -> _Span:
-    """The map and those that follow it in its pack: units write maps one after the other, in order of segments."""
-    end = ref.offset + ref.length
-    segment = ref.segment
-    while (following := page.get(segment + 1)) is not None:
-        if following.pack != ref.pack or following.offset != end or end - ref.offset >= MAP_SPAN_BYTES:
-            break
-        end += following.length
-        segment += 1
-    start = ref
-    while (before := page.get(start.segment - 1)) is not None:
-        if before.pack != ref.pack or before.offset + before.length != start.offset:
-            break
-        if end - before.offset > MAP_SPAN_BYTES:
-            break
-        start = before
-    return _Span(ref.pack, start.offset, end)
-
-
-def _spans_of(runs: SegmentMap, limit: int) -> tuple[_Span | None, ...]:
-    """For each block the bytes to fetch its run with: neighbours in its pack, up to `limit` bytes."""
-    order = sorted((run.pack, run.offset, index) for index, run in enumerate(runs) if run is not None)
-    spans: list[_Span | None] = [None] * len(runs)
+def _spans_of(places: Iterable[tuple[bytes, int, int, int]], limit: int) -> dict[int, _Span]:
+    """(pack, offset, length, name) of what is stored -> for each name the bytes to fetch it with: its neighbours in its
+    pack, up to `limit` bytes in all."""
+    spans: dict[int, _Span] = {}
     members: list[int] = []
     current: _Span | None = None
 
     def close() -> None:
-        for index in members:
-            spans[index] = current
+        if current is not None:
+            spans.update(dict.fromkeys(members, current))
         members.clear()
 
-    for pack, offset, index in order:
-        run = runs[index]
-        assert run is not None
-        end = offset + run.length
+    for pack, offset, length, name in sorted(places):
+        end = offset + length
         if (
             current is not None
             and current.pack == pack
@@ -300,9 +309,9 @@ def _spans_of(runs: SegmentMap, limit: int) -> tuple[_Span | None, ...]:
         else:
             close()
             current = _Span(pack, offset, end)
-        members.append(index)
+        members.append(name)
     close()
-    return tuple(spans)
+    return spans
 
 
 def _zero(target: memoryview) -> None:

@@ -24,7 +24,7 @@ from tests.repositories import (
 from workers.repository.check import check
 from workers.repository.compact import compact
 from workers.repository.epochs import open_epoch
-from workers.repository.reader import Fetcher
+from workers.repository.reader import Fetcher, PointDisk
 from workers.repository.repository import Repository
 from workers.repository.segment_map import MapRef, SegmentMap
 from workers.repository.store.contract import Buffer, ObjectInfo
@@ -169,3 +169,32 @@ def test_maps_are_fetched_ahead_of_the_extents_that_are_asked_for(
     disk = repository.disk(point, DISK)
     monkeypatch.setattr(Fetcher, "map", met)
     assert sum(extent.length for extent in disk.extents(0, len(data))) == len(data)
+
+
+def test_maps_of_neighbours_in_different_packs_cost_a_request_a_pack(
+    repository: Repository, asked: Counter[str]
+) -> None:
+    """As after some epochs that each wrote here and there: a request a map would grow with every epoch."""
+    epochs, segments = 4, 32
+    data = bytearray(segments * SEGMENT_BYTES)
+    starts = [segment * SEGMENT_BYTES for segment in range(segments)]
+    for start in starts:
+        data[start] = 1
+    point = backup(repository, "g", data)
+    for number in range(epochs):
+        dirty = starts[number :: epochs + 1]
+        for start in dirty:
+            data[start] = 2
+        changed = [Extent(start, BLOCK_BYTES, Status.DIRTY) for start in dirty]
+        point = publish_epoch(repository, write_epoch(repository, "g", BytesSource(data), "dirty", extents=changed))
+    disk = repository.disk(point, DISK)
+    asked.clear()
+    assert [extent.offset for extent in disk.extents(0, len(data)) if extent.status is Status.DATA] == starts
+    assert sorted(count for key, count in asked.items() if key.startswith("packs/")) == [1] * (epochs + 1)
+    assert bytes(data[starts[-1] :][:10]) == disk_bytes(disk, starts[-1], 10)
+
+
+def disk_bytes(disk: PointDisk, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    disk.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
