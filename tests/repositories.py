@@ -7,18 +7,22 @@ from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
-from coordinator.model.extent import BLOCK_BYTES, Extent, Status, merge_adjacent
+from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status, merge_adjacent
 from coordinator.model.point import Decision, Member
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
 from coordinator.model.units import plan_units
 from workers.access import Access
+from workers.repository import reader
 from workers.repository.archive import Archive, Readable
 from workers.repository.epochs import Epoch, collect_maps, open_epoch, publish, write_disk_root
 from workers.repository.index import NoIndex, RunIndex
 from workers.repository.pack import Origin, PackRef
+from workers.repository.reader import PointDisk
 from workers.repository.repository import Repository
 from workers.repository.root import Root
+from workers.repository.store.contract import MissingObjectError
 
 DISK = "disk"
 
@@ -136,8 +140,28 @@ def backup(repository: Repository, group: str, data: bytes | bytearray, kind: st
 
 
 def read_point(repository: Repository, group: str, epoch: int = 0) -> bytes:
-    """All of the one disk of a point."""
+    """All of the one disk of a point, which reads the same when it is streamed."""
     disk = repository.disk(repository.decisions.point(group, epoch), "")
     data = bytearray(disk.size)
     disk.read_into(0, memoryview(data))
+    assert streamed(disk) == data
     return bytes(data)
+
+
+def streamed(disk: PointDisk, fewest_blocks: int = 1) -> bytearray:
+    """All of a disk by streams of at least so many blocks; what they leave, and whatever fails, is read as usual."""
+    found = bytearray(disk.size)
+    view = memoryview(found)
+
+    def write(offset: int, data: memoryview) -> None:
+        view[offset : offset + len(data)] = data
+
+    everything = [(at, min(SEGMENT_BYTES, disk.size - at)) for at in range(0, disk.size, SEGMENT_BYTES)]
+    with mock.patch.object(reader, "STREAM_BLOCKS", fewest_blocks):
+        try:
+            left = disk.stream(everything, write)
+        except MissingObjectError:  # compaction has moved a pack
+            left = everything
+    for offset, length in left:
+        disk.read_into(offset, view[offset : offset + length])
+    return found

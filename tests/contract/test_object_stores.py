@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError
+from coordinator.model.errors import DiskIOError, FlushpointError, NotFoundError, RefusedError
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
 from tests.object_servers import ObjectServer, client_of, running_moto, running_seaweedfs
 from workers.repository.store import MissingObjectError, ObjectStore, ShortObjectError, open_store, probe
+from workers.repository.store.contract import Buffer, ReadNext
 from workers.repository.store.s3_upload import PART_BYTES
 
 MIB = 1024 * 1024
@@ -131,11 +132,39 @@ def test_a_range_is_exactly_what_was_asked_for(store: ObjectStore) -> None:
     assert store.get_range("packs/p", 9_999, 1) == data[-1:]
 
 
+def test_a_range_is_streamed_in_the_pieces_that_are_asked_for(store: ObjectStore) -> None:
+    data = secrets.token_bytes(1_000_000)
+    store.put("packs/p", data)
+    pieces: list[bytes] = []
+    store.stream_range(
+        "packs/p", 10, 999_990, lambda read: pieces.extend(bytes(read(n)) for n in (1, 700_000, 299_989))
+    )
+    assert b"".join(pieces) == data[10:]
+    store.stream_range("packs/p", 10, 999_990, lambda read: pieces.append(bytes(read(5))))  # and drops the rest
+    assert pieces[-1] == data[10:15]
+
+
+def test_an_error_of_who_reads_a_stream_is_passed_on_at_once(store: ObjectStore) -> None:
+    store.put("packs/p", bytes(1_000_000))
+    calls: list[Buffer] = []
+
+    def fail(read: ReadNext) -> None:
+        calls.append(read(10))
+        raise DiskIOError("the target is full")
+
+    with pytest.raises(DiskIOError, match="the target is full"):
+        store.stream_range("packs/p", 0, 1_000_000, fail)
+    assert len(calls) == 1
+    assert store.get_range("packs/p", 0, 3) == bytes(3)
+
+
 @pytest.mark.parametrize(("offset", "length"), [(9_990, 11), (10_000, 1), (20_000, 5)])
 def test_a_range_beyond_the_end_is_an_error(store: ObjectStore, offset: int, length: int) -> None:
     store.put("packs/p", bytes(10_000))
     with pytest.raises(ShortObjectError, match=r"packs/p in .* ends"):
         store.get_range("packs/p", offset, length)
+    with pytest.raises(ShortObjectError, match=r"packs/p in .* ends"):
+        store.stream_range("packs/p", offset, length, lambda read: [read(1) for _ in range(length)] and None)
 
 
 def test_an_absent_object_is_missing(store: ObjectStore) -> None:
@@ -144,6 +173,8 @@ def test_an_absent_object_is_missing(store: ObjectStore) -> None:
         store.get("packs/p")
     with pytest.raises(MissingObjectError, match="no object packs/p in"):
         store.get_range("packs/p", 0, 1)
+    with pytest.raises(MissingObjectError, match="no object packs/p in"):
+        store.stream_range("packs/p", 0, 1, lambda read: None)
     assert store.size("packs/p") is None
 
 
@@ -366,6 +397,7 @@ def test_a_key_that_leads_elsewhere_is_refused(store: ObjectStore) -> None:
     calls: list[Callable[[str], object]] = [
         store.get,
         lambda key: store.get_range(key, 0, 1),
+        lambda key: store.stream_range(key, 0, 1, lambda read: None),
         store.size,
         lambda key: store.put(key, b"x"),
         lambda key: store.put_if_absent(key, b"x"),

@@ -4,11 +4,12 @@
 NBD to NBD             `os.splice`, socket to socket, on connections of their own
 NBD to raw file        `os.splice`, socket to file
 raw file to raw file   `copy_file_range`: in the kernel, or by sharing blocks where it can
+recovery point to any  streams of many blocks, each checked and written while it is in the cache
 =====================  ==========================================================================
 
-A fast path sees no data, so it cannot find zeroes. It looks at the first bytes of each range: one that starts with
-zeroes is left to the copy engine, which looks at all of it. When anything fails, nothing of the call counts: the
-engine copies the unit again and finds out which extent is to blame.
+But for the last, a fast path sees no data, so it cannot find zeroes. It looks at the first bytes of each range: one
+that starts with zeroes is left to the copy engine, which looks at all of it. (A point has no data there.) When anything
+fails, nothing of it counts: the engine copies the unit again and finds out which extent is to blame.
 """
 
 from __future__ import annotations
@@ -16,26 +17,37 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
+
 from coordinator.model.errors import DiskIOError, FlushpointError
-from coordinator.model.extent import Extent, Status
+from coordinator.model.extent import Extent, Status, merge_adjacent
 from workers.failpoint import pass_point
 from workers.mover.lease import Lease
 from workers.mover.rate import RateLimit
 from workers.nbd.connection import Connection, connect
 from workers.nbd.endpoint import Endpoint
 from workers.nbd.splice import PEEK_BYTES, Spliced, splice_to_file, splice_to_nbd
+from workers.repository.reader import STREAM_BYTES
 from workers.sources.contract import Source
+from workers.sources.repository import RepositorySource
 from workers.targets.contract import Target
 
 SPLICE_DEPTH = 64
 """Ranges on their way; large ones are bounded by splice's window of bytes before that."""
 RANGE_BYTES = 512 * 1024
 """Half as much to wait for at either end as 1 MiB, at no more CPU (measured on two cores over unix sockets)."""
+FIRST_STREAMS, MOST_STREAMS = 4, 8
+"""Of a recovery point, at once."""
+MOSTLY_WAITS, HARDLY_WAITS = 0.25, 0.4
+BATCH_S = 0.2
 _ZERO_HEAD = bytes(PEEK_BYTES)
+log = structlog.get_logger(__name__)
 
 Ranges = Iterable[tuple[int, int]]
 
@@ -62,6 +74,8 @@ class FastPath(Protocol):
 
 def open_fast_path(source: Source, target: Target, timeout_s: float) -> FastPath | None:
     """The fast path of a pair, None where there is none or where its connections cannot be had."""
+    if isinstance(source, RepositorySource):
+        return PointToDisk(source, target)
     from_fd, to_fd = source.fileno(), target.fileno()
     if from_fd is not None and to_fd is not None:
         return FileToFile(from_fd, to_fd)
@@ -170,6 +184,85 @@ class FileToFile:
             offset += copied
 
 
+class PointToDisk:
+    """Long streams, and several side by side while this process mostly waits for them: a store far away answers late,
+    and each of its connections has a pace of its own. One from nearby keeps a processor busy, and others beside it
+    would only wait for that, and for each other at the file they write."""
+
+    def __init__(self, source: RepositorySource, target: Target) -> None:
+        self._source = source
+        self._target = target
+        self._side_by_side = FIRST_STREAMS
+        self._threads = ThreadPoolExecutor(MOST_STREAMS, thread_name_prefix="stream")
+
+    def copy(self, ranges: Ranges) -> Spliced:
+        done = Spliced()
+        begun_s, cpu_s = time.monotonic(), time.process_time()
+        flying: deque[Future[Spliced]] = deque()
+
+        def land() -> None:
+            landed = flying.popleft().result()
+            done.left += landed.left
+            done.copied += landed.copied
+
+        try:
+            for batch in self._batches(ranges):
+                while len(flying) >= self._side_by_side:
+                    land()
+                flying.append(self._threads.submit(self._stream, batch))
+        finally:
+            while flying:  # whatever happened: nobody writes any more when this returns
+                land()
+        done.left.sort()
+        if done.copied >= STREAM_BYTES / MOST_STREAMS:
+            self._adapt((time.process_time() - cpu_s) / (time.monotonic() - begun_s))
+        return done
+
+    def flush(self) -> None:
+        """All was written through the target itself."""
+
+    def abort(self) -> None:
+        """Every request to a store is bounded by itself."""
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+    def _batches(self, ranges: Ranges) -> Iterator[list[tuple[int, int]]]:
+        """What is streamed at once: much, but no more than comes within a moment where a job's speed is limited."""
+        batch: list[tuple[int, int]] = []
+        begun = total = 0.0
+        for offset, length in ranges:
+            if not batch:
+                begun = time.monotonic()
+            batch.append((offset, length))
+            total += length
+            if total >= STREAM_BYTES / self._side_by_side or time.monotonic() - begun >= BATCH_S:
+                yield batch
+                batch, total = [], 0.0
+        if batch:
+            yield batch
+
+    def _stream(self, batch: list[tuple[int, int]]) -> Spliced:
+        """A stream that fails leaves all of its batch to the engine."""
+        try:
+            left = self._source.stream(batch, self._write)
+        except FlushpointError as error:
+            log.info("a stream failed", error=str(error))
+            return Spliced(left=batch)
+        return Spliced(sum(length for _, length in batch) - sum(length for _, length in left), left)
+
+    def _adapt(self, busy: float) -> None:
+        """`busy` is the processor time of this process by the time that went by."""
+        if busy < MOSTLY_WAITS:
+            self._side_by_side = min(MOST_STREAMS, 2 * self._side_by_side)
+        elif busy > HARDLY_WAITS:
+            self._side_by_side = max(1, self._side_by_side // 2)
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        pass_point("between-read-and-write")
+        self._target.write(offset, data)
+
+
 def _failed(error: OSError, offset: int, length: int) -> DiskIOError:
     number = error.errno or errno.EIO
     message = f"copying {length} bytes at {offset} failed: {os.strerror(number)}"
@@ -221,5 +314,5 @@ def copy_fast(path: FastPath, extents: list[Extent], lease: Lease, rate: RateLim
     """
     feed = _Feed(extents, rate, lease, ends_at)
     done = path.copy(feed.ranges())
-    left = [Extent(offset, length, Status.DATA) for offset, length in done.left]
-    return CopiedFast(done.copied, left, feed.rest)
+    left = merge_adjacent(Extent(offset, length, Status.DATA) for offset, length in done.left)
+    return CopiedFast(done.copied, list(left), feed.rest)

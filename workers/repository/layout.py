@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import blake3
 
 from coordinator.model.errors import DamagedError
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES
-from workers.repository.store.contract import ObjectInfo, ObjectStore, ShortObjectError
+from workers.repository.store.contract import ObjectInfo, ObjectStore, ReadNext, ShortObjectError
 
 FORMAT = 1
 """Version of the format; a repository of a newer one is refused."""
@@ -49,6 +49,14 @@ def read_range(store: ObjectStore, key: str, offset: int, length: int) -> bytes:
     """A piece that was written of an object. DamageError if the object ends before; else as `get_range`."""
     try:
         return store.get_range(key, offset, length)
+    except ShortObjectError as error:
+        raise DamageError("a piece beyond the end, wanted", key, offset, length) from error
+
+
+def stream_range(store: ObjectStore, key: str, offset: int, length: int, consume: Callable[[ReadNext], None]) -> None:
+    """The same, streamed."""
+    try:
+        store.stream_range(key, offset, length, consume)
     except ShortObjectError as error:
         raise DamageError("a piece beyond the end, wanted", key, offset, length) from error
 

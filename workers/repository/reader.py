@@ -3,7 +3,8 @@
 Runs of one segment that lie side by side in a pack are fetched together, and so are the maps of one page of the root:
 whoever reads a disk from its start to its end makes about one request for SPAN_BYTES, and for maps a few for each pack
 that a page refers to, whatever lies between their segments. Spans are kept for a moment, since many threads read one
-segment; two that want the same span wait for one request.
+segment; two that want the same span wait for one request. Whoever wants much of a disk at once takes `stream`: fewer,
+longer requests, whose bytes are passed on while they are still in the processor's cache.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby, pairwise
 from typing import Generic, TypeVar
 
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
 from workers.repository import segment_map
 from workers.repository.keyring import Keyring
-from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError, pack_key, read_range
+from workers.repository.layout import BLOCKS_A_SEGMENT, SEGMENTS_A_PAGE, DamageError, pack_key, read_range, stream_range
 from workers.repository.pack import map_context, map_digest
 from workers.repository.prefetch import Prefetcher
 from workers.repository.relocations import MAX_HOPS, Relocations
 from workers.repository.root import Page, Root
 from workers.repository.runs import Run, open_run
 from workers.repository.segment_map import MapRef, SegmentMap
-from workers.repository.store.contract import Buffer, MissingObjectError, ObjectStore
+from workers.repository.store.contract import Buffer, MissingObjectError, ObjectStore, ReadNext
 
 SPAN_BYTES = 8 * 1024 * 1024
 """What is fetched at once. With SPANS of them held, 48 MiB a reader."""
@@ -36,9 +39,18 @@ MAP_PAGES = 4
 different packs, so that whoever reads in order comes back to each span again and again."""
 MAPS = 128
 PAGES = 16
+STREAM_BYTES = 64 * 1024 * 1024
+"""The longest streamed request. SeaweedFS spends half as much again on the same bytes in requests of 8 MiB."""
+STREAM_BLOCKS = 16
+"""A span of fewer blocks is not worth a stream."""
+PIECE_BYTES = 256 * 1024
+PIECE_BLOCKS = 16
+"""What is read of a stream at once, and the most blocks that are made of it."""
 GAP_BYTES = BLOCK_BYTES
 """A gap up to this is read over: cheaper than another request."""
 
+Write = Callable[[int, memoryview], None]
+"""What takes bytes of a disk from an offset on; the bytes are its own only until it returns."""
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -114,6 +126,10 @@ class Fetcher:
     def bytes_of(self, pack: bytes, offset: int, length: int) -> bytes:
         """MissingObjectError if the pack is gone; DamageError if it ends before."""
         return read_range(self._store, pack_key(pack), offset, length)
+
+    def stream(self, span: _Span, consume: Callable[[ReadNext], None]) -> None:
+        """As `ObjectStore.stream_range`; DamageError if the pack ends before."""
+        stream_range(self._store, pack_key(span.pack), span.start, span.end - span.start, consume)
 
     def block(self, stored: Buffer, run: Run, length: int) -> Buffer:
         return open_run(stored, run, length, self._keyring)
@@ -204,6 +220,72 @@ class PointDisk:
             else:
                 self._read_segment(located, at, target)
             at = stop
+
+    def stream(self, ranges: Iterable[tuple[int, int]], write: Write) -> list[tuple[int, int]]:
+        """Hand out the whole blocks of `ranges` (offset, length in bytes) in the order in which they are stored, which
+        `write` may be given twice. Returns what it leaves: where too little lies side by side, and parts of blocks.
+
+        DamageError, StoreError, and the FlushpointErrors of `write`.
+        """
+        left: list[tuple[int, int]] = []
+        runs: dict[int, Run] = {}
+        for offset, length in ranges:
+            for number in range(offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES)):
+                start = max(offset, number * BLOCK_BYTES)
+                end = min(offset + length, (number + 1) * BLOCK_BYTES)
+                run = self._run(number)
+                if run is None or end - start != self._length_of(number):
+                    left.append((start, end - start))
+                else:
+                    runs[number] = run
+        spans: dict[_Span, list[int]] = {}
+        places = ((run.pack, run.offset, run.length, number) for number, run in runs.items())
+        for number, span in _spans_of(places, STREAM_BYTES).items():
+            spans.setdefault(span, []).append(number)
+        for span, numbers in spans.items():
+            if len(numbers) < STREAM_BLOCKS:
+                left += ((number * BLOCK_BYTES, self._length_of(number)) for number in numbers)
+            else:
+                found = [(number, runs[number]) for number in numbers]
+                self._fetcher.stream(span, partial(self._pass_on, span, found, write))
+        return left
+
+    def _pass_on(self, span: _Span, runs: list[tuple[int, Run]], write: Write, read_next: ReadNext) -> None:
+        """`runs` are in the order of the stream."""
+        at = span.start
+        for piece in _pieces(runs):
+            start, end = piece[0][1].offset, max(run.offset + run.length for _, run in piece)
+            if start > at:
+                read_next(start - at)
+            stored = memoryview(read_next(end - start))
+            at = end
+            for offset, data in self._stretches(piece, stored):
+                write(offset, data)
+
+    def _stretches(self, piece: list[tuple[int, Run]], stored: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Neighbouring blocks as one. Those that are stored as they are, one behind the other, are not copied."""
+        start = piece[0][1].offset
+        made = sorted(
+            (number, run, self._fetcher.block(stored[run.offset - start :][: run.length], run, self._length_of(number)))
+            for number, run in piece
+        )
+        for _, group in groupby(enumerate(made), key=lambda item: item[1][0] - item[0]):
+            blocks = [item for _, item in group]
+            first, last = blocks[0][1], blocks[-1][1]
+            in_place = all(run.raw and isinstance(block, memoryview) for _, run, block in blocks)
+            if in_place and all(b[1].offset == a[1].offset + a[1].length for a, b in pairwise(blocks)):
+                data = stored[first.offset - start : last.offset + last.length - start]
+            else:
+                data = memoryview(b"".join(block for *_, block in blocks))
+            yield blocks[0][0] * BLOCK_BYTES, data
+
+    def _run(self, number: int) -> Run | None:
+        located = self._located(number // BLOCKS_A_SEGMENT)
+        index = number % BLOCKS_A_SEGMENT
+        return located.runs[index] if located is not None and index < len(located.runs) else None
+
+    def _length_of(self, number: int) -> int:
+        return min(BLOCK_BYTES, self.size - number * BLOCK_BYTES)
 
     def _read_segment(self, located: _Located, offset: int, target: memoryview) -> None:
         """`offset` and all of `target` lie in the segment."""
@@ -312,6 +394,23 @@ def _spans_of(places: Iterable[tuple[bytes, int, int, int]], limit: int) -> dict
         members.append(name)
     close()
     return spans
+
+
+def _pieces(runs: list[tuple[int, Run]]) -> Iterator[list[tuple[int, Run]]]:
+    """`runs` in the order of their pack, cut into what is read at once. Blocks of the same run stay together."""
+    piece: list[tuple[int, Run]] = []
+    start = end = 0
+    for number, run in runs:
+        room = len(piece) < PIECE_BLOCKS and run.offset + run.length - start <= PIECE_BYTES
+        if piece and run.offset >= end and not room:
+            yield piece
+            piece = []
+        if not piece:
+            start = run.offset
+        piece.append((number, run))
+        end = max(end, run.offset + run.length)
+    if piece:
+        yield piece
 
 
 def _zero(target: memoryview) -> None:

@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from coordinator.model.errors import DamagedError, DiskIOError, FlushpointError, Next, RefusedError
 from coordinator.model.extent import Extent, merge_adjacent
@@ -18,6 +18,7 @@ from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.repository.decisions import HOLD_RENEW_S
 from workers.repository.layout import DamageError
+from workers.repository.reader import Write
 from workers.repository.repository import Repository
 from workers.sources.identity import Identity
 
@@ -80,6 +81,11 @@ class RepositorySource:
             self._disk.read_into(offset, buffer)
         except FlushpointError as error:
             raise _read_error(error, offset, len(buffer)) from error
+
+    def stream(self, ranges: Iterable[tuple[int, int]], write: Write) -> list[tuple[int, int]]:
+        """See `PointDisk.stream`; its errors."""
+        self._renew()
+        return self._disk.stream(ranges, write)
 
     def identity(self) -> Identity:
         return self._identity

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
@@ -102,6 +102,10 @@ class Upload(Protocol):
     ) -> None: ...
 
 
+ReadNext = Callable[[int], Buffer]
+"""The next so many bytes of what is being fetched, exactly."""
+
+
 class ObjectStore(Protocol):
     """Thread-safe; opened in the process that uses it. Every call raises the errors of the table above."""
 
@@ -114,6 +118,13 @@ class ObjectStore(Protocol):
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         """Exactly `length` (at least 1) bytes from `offset`; MissingObjectError; ShortObjectError if it ends before."""
+
+    def stream_range(self, key: str, offset: int, length: int, consume: Callable[[ReadNext], None]) -> None:
+        """Call `consume`, which reads those bytes as they come. The errors of `get_range`, and FlushpointErrors of its.
+
+        After a broken connection it is called again and reads from `offset` again, so it has to be idempotent. What it
+        does not read is dropped.
+        """
 
     def size(self, key: str) -> int | None:
         """Its size in bytes, None if there is no such object."""

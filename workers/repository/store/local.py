@@ -18,7 +18,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from workers.repository.store.contract import (
     Buffer,
     MissingObjectError,
     ObjectInfo,
+    ReadNext,
     ShortObjectError,
     StoreError,
     check_key,
@@ -63,12 +64,20 @@ class LocalStore:
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         with self._opened(key) as fd:
-            data = _read(fd, offset, length)
-        if len(data) != length:
-            raise ShortObjectError(
-                f"{key} in {self.name} ends before byte {offset + length}", "run flushpoint repository check"
-            )
-        return data
+            return self._read_exactly(fd, key, offset, length)
+
+    def stream_range(self, key: str, offset: int, length: int, consume: Callable[[ReadNext], None]) -> None:
+        position = offset
+
+        with self._opened(key) as fd:
+
+            def read_next(count: int) -> bytes:
+                nonlocal position
+                data = self._read_exactly(fd, key, position, count)
+                position += count
+                return data
+
+            consume(read_next)
 
     def size(self, key: str) -> int | None:
         try:
@@ -187,6 +196,14 @@ class LocalStore:
             raise self.failed("read", key, FileNotFoundError(errno.ENOENT, key)) from error
         except OSError as error:
             raise self.failed("read", key, error) from error
+
+    def _read_exactly(self, fd: int, key: str, offset: int, length: int) -> bytes:
+        data = _read(fd, offset, length)
+        if len(data) != length:
+            raise ShortObjectError(
+                f"{key} in {self.name} ends before byte {offset + length}", "run flushpoint repository check"
+            )
+        return data
 
     def _make_directories(self, directory: Path) -> None:
         """Down from the root, which is never made; each durable before anything is put into it.

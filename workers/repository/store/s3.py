@@ -6,20 +6,23 @@ what failures mean in `s3_errors`, when a request is repeated in `retry`, large 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, IncompleteReadError
 
 from coordinator.model.repository_uri import RepositoryUri
 from workers.repository.store.contract import (
     Buffer,
     MissingObjectError,
     ObjectInfo,
+    ReadNext,
     ShortObjectError,
     StoreError,
     check_prefix,
@@ -30,6 +33,7 @@ from workers.repository.store.s3_requests import S3Requests, body_of
 from workers.repository.store.s3_upload import PARTS_AT_ONCE, S3Upload
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from types_boto3_s3.client import S3Client
     from types_boto3_s3.type_defs import ErrorTypeDef, ListMultipartUploadsOutputTypeDef, MultipartUploadTypeDef
 
@@ -58,21 +62,27 @@ class S3Store:
         return self._requests.send(request, key)
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
+        found: list[Buffer] = []
+        self.stream_range(key, offset, length, lambda read_next: found.append(read_next(length)))
+        return cast("bytes", found[-1])
+
+    def stream_range(self, key: str, offset: int, length: int, consume: Callable[[ReadNext], None]) -> None:
         parameters = {**self._requests.where(key), "Range": f"bytes={offset}-{offset + length - 1}"}
 
-        def request(s3: S3Client) -> bytes:
+        def request(s3: S3Client) -> None:
             answer = s3.get_object(**parameters)
-            if answer["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:
-                answer["Body"].close()
-                raise StoreError(f"{self.name} sends the whole of {key} when asked for a part", "take another server")
-            return cast("bytes", answer["Body"].read())
+            with closing(answer["Body"]) as body:
+                if answer["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:
+                    raise StoreError(
+                        f"{self.name} sends the whole of {key} when asked for a part", "take another server"
+                    )
+                if answer["ContentLength"] != length:
+                    raise ShortObjectError(
+                        f"{key} in {self.name} ends before byte {offset + length}", "run flushpoint repository check"
+                    )
+                consume(partial(_read_exactly, body))
 
-        data = self._requests.send(request, key)
-        if len(data) != length:
-            raise ShortObjectError(
-                f"{key} in {self.name} ends before byte {offset + length}", "run flushpoint repository check"
-            )
-        return data
+        self._requests.send(request, key)
 
     def size(self, key: str) -> int | None:
         return self._requests.size(key)
@@ -177,6 +187,16 @@ class S3Store:
         except MissingUploadError:
             return 0
         return 1
+
+
+def _read_exactly(body: StreamingBody, count: int) -> bytes:
+    data: bytes = body.read(count)
+    while len(data) < count:
+        more = body.read(count - len(data))
+        if not more:
+            raise IncompleteReadError(actual_bytes=len(data), expected_bytes=count)
+        data += more
+    return data
 
 
 def _as_answer(error: ErrorTypeDef) -> ClientError:

@@ -11,8 +11,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import threading
+import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -48,8 +51,53 @@ _PACKS = "packs/"
 _DESCRIPTIONS = create_loader()
 """Of the requests of S3, parsed once: without it every repository that is opened costs a tenth of a second."""
 _NEED_CHECKSUM = ("DeleteObjects", "PutObjectRetention")
+_OF_OBJECTS: dict[str, Any] = {
+    "storage_class": "",
+    "sse": "",
+    "sse_kms_key": "",
+    "lock_mode": "",
+    "lock_days": 0,
+}
+"""Options that a client does not have; each request carries them."""
+
+_SPARE_S = 60.0
+_SPARES = 4
 
 Answer = TypeVar("Answer")
+
+
+class _Spares:
+    """Clients that nobody uses at the moment: a job opens its repository several times, and making a client costs a
+    tenth of a second of processor time. None is older than _SPARE_S, so that credentials renewed in a file count."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: list[tuple[object, float, S3Client]] = []
+
+    def take(self, key: object) -> tuple[S3Client, float] | None:
+        """One that was made under the same circumstances, and when (monotonic)."""
+        with self._lock:
+            self._drop_old()
+            for item in self._kept:
+                if item[0] == key:
+                    self._kept.remove(item)
+                    return item[2], item[1]
+        return None
+
+    def give(self, key: object, made_at: float, client: S3Client) -> None:
+        with self._lock:
+            self._kept.append((key, made_at, client))
+            self._drop_old()
+
+    def _drop_old(self) -> None:
+        young = [item for item in self._kept if time.monotonic() - item[1] < _SPARE_S][-_SPARES:]
+        for item in self._kept:
+            if item not in young:
+                item[2].close()
+        self._kept = young
+
+
+_spares = _Spares()
 
 
 class S3Requests:
@@ -62,7 +110,12 @@ class S3Requests:
         self._options = uri.s3
         self._process = os.getpid()
         self._bucket_seen = False
-        self._client = self._connect()
+        environment = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
+        self._circumstances = (self._process, replace(uri.s3, **_OF_OBJECTS), self.checksums, environment)
+        spare = _spares.take(self._circumstances)
+        self._client, self._made_at = spare or (self._connect(), time.monotonic())
+        self._is_good = True
+        self._is_closed = False
         self._explainer = Explainer(self.name, uri.bucket, self._client.meta.endpoint_url)
         self._retrier = Retrier(Pace(MOST_REQUESTS), self._explainer.explain)
 
@@ -70,7 +123,11 @@ class S3Requests:
         """The answer to `request`, which is called once for every attempt. Raises what the contract says."""
         if os.getpid() != self._process:
             raise RuntimeError(f"{self.name} was opened in another process")
-        return self._retrier.call(lambda: request(self._client), key, effort or Effort())
+        try:
+            return self._retrier.call(lambda: request(self._client), key, effort or Effort())
+        except RefusedError:
+            self._is_good = False  # the next shall look for other credentials
+            raise
 
     def where(self, key: str) -> dict[str, Any]:
         """Parameters that name an object."""
@@ -131,7 +188,14 @@ class S3Requests:
             raise
 
     def close(self) -> None:
-        self._client.close()
+        """Harmless when repeated."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._is_good:
+            _spares.give(self._circumstances, self._made_at, self._client)
+        else:
+            self._client.close()
 
     def _ask_why(self, where: dict[str, Any], key: str) -> None:
         """RefusedError, if GET is refused too: its answer has a body, which tells clocks from keys and rights."""

@@ -346,6 +346,35 @@ def test_a_server_that_ignores_ranges_is_an_error(s3: ScriptedS3, store: S3Store
         store.get_range("k", 5, 10)
 
 
+def test_a_stream_that_breaks_off_is_read_again_from_its_start(s3: ScriptedS3, store: S3Store) -> None:
+    data = bytes(range(100))
+    s3.will_answer(Answer(206, body=data[:60], claimed=100), Answer(206, body=data))
+    pieces: list[bytes] = []
+    store.stream_range("k", 5, 100, lambda read: pieces.extend(bytes(read(50)) for _ in range(2)))
+    assert pieces == [data[:50], data[:50], data[50:]]
+
+
+def test_a_client_is_used_again_until_it_is_refused_or_circumstances_change(
+    s3: ScriptedS3, open_s3: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connection() -> object:
+        store = open_s3(s3)
+        with closing(store):
+            store.size("k")
+        return s3.requests[-1].connection
+
+    first = connection()
+    assert connection() == first
+    s3.will_answer(error(403, "AccessDenied"))
+    with closing(open_s3(s3)) as refused, pytest.raises(RefusedError):
+        refused.get("k")
+    second = connection()
+    assert second != first
+    assert connection() == second
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+    assert connection() not in (first, second)
+
+
 def test_a_directory_made_by_a_console_is_not_listed(s3: ScriptedS3, store: S3Store) -> None:
     entry = "<Contents><Key>prefix/{}</Key><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
     listed = "".join(entry.format(name) for name in ("", "packs/", "packs/p"))
