@@ -15,9 +15,11 @@ from coordinator.model.errors import DiskIOError
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
 from coordinator.model.job import Sync
 from coordinator.model.repository_uri import parse_repository
-from tests.repositories import BytesSource, backup, make_repository, publish_epoch, write_epoch
+from tests.repositories import DISK, BytesSource, backup, make_repository, publish_epoch, streamed, write_epoch
 from workers.access import Access
 from workers.mover.fastpath import FIRST_STREAMS, MOST_STREAMS, RANGE_BYTES, PointToDisk, open_fast_path
+from workers.repository.index import SqliteIndex
+from workers.repository.reader import STREAM_BLOCKS
 from workers.repository.store.contract import ReadNext
 from workers.repository.store.local import LocalStore
 from workers.sources.repository import RepositorySource
@@ -147,3 +149,17 @@ def test_who_waits_for_the_store_opens_more_streams(source: RepositorySource, mo
         assert 1 < most <= FIRST_STREAMS
         path.copy(ranges(source))
     assert FIRST_STREAMS < most <= MOST_STREAMS
+
+
+def test_blocks_that_share_what_is_stored_are_all_written(tmp_path: Path, disk: bytes) -> None:
+    """A segment holds the blocks of another, each twice and in the wrong order: none of it is stored again."""
+    blocks = [disk[at : at + BLOCK_BYTES] for at in range(0, SEGMENT_BYTES, BLOCK_BYTES)]
+    shuffled = b"".join(block * 2 for block in reversed(blocks[: len(blocks) // 2]))
+    data = disk[:SEGMENT_BYTES] + shuffled
+    with make_repository(tmp_path / "r") as repository:
+        with closing(SqliteIndex(tmp_path / "index", frozenset(), lambda pack: True)) as index:
+            publish_epoch(repository, write_epoch(repository, "first", BytesSource(disk), "full", index=index))
+            written = write_epoch(repository, "g", BytesSource(data), "full", index=index)
+            assert written.sent == 0
+            point = publish_epoch(repository, written)
+        assert streamed(repository.disk(point, DISK), STREAM_BLOCKS) == data
