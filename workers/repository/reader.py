@@ -10,10 +10,10 @@ longer requests, whose bytes are passed on while they are still in the processor
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Generic, TypeVar
@@ -195,7 +195,7 @@ class PointDisk:
             yield from sorted(segment for segment in self._page(number) if first <= segment < end)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Data and holes, by blocks; sorted, not merged. What has no map costs nothing; maps are fetched ahead."""
+        """Data and holes, sorted, joined within a segment. What has no map costs nothing; maps are fetched ahead."""
         end = min(offset + length, self.size)
         segments = self.mapped(offset // SEGMENT_BYTES, -(-end // SEGMENT_BYTES))
         for segment, locating in self._fetcher.prefetcher.each(self._located, segments):
@@ -356,14 +356,16 @@ class PointDisk:
 
 
 def _extents_of(located: _Located | None, offset: int, stop: int) -> Iterator[Extent]:
-    """By blocks; all of it lies in the segment."""
+    """Stretches of data and of holes; all of it lies in the segment."""
     runs = located.runs if located is not None else ()
-    while offset < stop:
-        number = offset // BLOCK_BYTES
-        end = min(stop, (number + 1) * BLOCK_BYTES)
-        index = number % BLOCKS_A_SEGMENT
-        zero = index >= len(runs) or runs[index] is None
-        yield Extent(offset, end - offset, Status.HOLE if zero else Status.DATA)
+    first = offset // BLOCK_BYTES
+    segment = first - first % BLOCKS_A_SEGMENT
+    for is_data, blocks in groupby(
+        range(first, -(-stop // BLOCK_BYTES)),
+        lambda number: number - segment < len(runs) and runs[number - segment] is not None,
+    ):
+        end = min(stop, (deque(blocks, maxlen=1).pop() + 1) * BLOCK_BYTES)
+        yield Extent(offset, end - offset, Status.DATA if is_data else Status.HOLE)
         offset = end
 
 
@@ -372,25 +374,17 @@ def _spans_of(places: Iterable[tuple[bytes, int, int, int]], limit: int) -> dict
     pack, up to `limit` bytes in all."""
     spans: dict[int, _Span] = {}
     members: list[int] = []
-    current: _Span | None = None
+    within, start, end = b"", 0, 0
 
     def close() -> None:
-        if current is not None:
-            spans.update(dict.fromkeys(members, current))
+        spans.update(dict.fromkeys(members, _Span(within, start, end)))
         members.clear()
 
     for pack, offset, length, name in sorted(places):
-        end = offset + length
-        if (
-            current is not None
-            and current.pack == pack
-            and offset - current.end <= GAP_BYTES
-            and end - current.start <= limit
-        ):
-            current = replace(current, end=max(current.end, end))
-        else:
+        if pack != within or offset - end > GAP_BYTES or offset + length - start > limit:
             close()
-            current = _Span(pack, offset, end)
+            within, start, end = pack, offset, offset + length
+        end = max(end, offset + length)
         members.append(name)
     close()
     return spans

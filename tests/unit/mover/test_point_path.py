@@ -151,14 +151,17 @@ def test_who_waits_for_the_store_opens_more_streams(source: RepositorySource, mo
     assert FIRST_STREAMS < most <= MOST_STREAMS
 
 
-def test_blocks_that_share_what_is_stored_are_all_written(tmp_path: Path, disk: bytes) -> None:
-    """A segment holds the blocks of another, each twice and in the wrong order: none of it is stored again."""
-    blocks = [disk[at : at + BLOCK_BYTES] for at in range(0, SEGMENT_BYTES, BLOCK_BYTES)]
-    shuffled = b"".join(block * 2 for block in reversed(blocks[: len(blocks) // 2]))
-    data = disk[:SEGMENT_BYTES] + shuffled
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_blocks_that_share_what_is_stored_are_all_written(tmp_path: Path, shrinks: bool) -> None:
+    """A segment holds the blocks of another, each three times and in the wrong order: none of it is stored again."""
+    noise = random.Random(2)
+    kept = 100 if shrinks else BLOCK_BYTES
+    blocks = [noise.randbytes(kept).ljust(BLOCK_BYTES, b"a") for _ in range(SEGMENT_BYTES // BLOCK_BYTES)]
+    first = b"".join(blocks)
+    data = first + b"".join(block * 3 for block in reversed(blocks[:42]))
     with make_repository(tmp_path / "r") as repository:
         with closing(SqliteIndex(tmp_path / "index", frozenset(), lambda pack: True)) as index:
-            publish_epoch(repository, write_epoch(repository, "first", BytesSource(disk), "full", index=index))
+            publish_epoch(repository, write_epoch(repository, "first", BytesSource(first), "full", index=index))
             written = write_epoch(repository, "g", BytesSource(data), "full", index=index)
             assert written.sent == 0
             point = publish_epoch(repository, written)
