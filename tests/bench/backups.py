@@ -281,7 +281,7 @@ def fill_compressible(path: Path, size: int) -> None:
 
 def _touch_memory(size: int) -> None:
     """The host of a virtual machine takes back memory that lies free for a moment, and whoever is given it next waits
-    for that: half as long again as the whole restore takes. So what the next run will fill is given back just before."""
+    for that, half as long again as a whole restore takes. So what the next run will fill is given back just before."""
     mmap.mmap(-1, size + size // 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
