@@ -4,35 +4,28 @@ state directory is made."""
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.model.errors import FlushpointError
+from coordinator.model.finding import Finding
 from flushpoint import embedded, supervisor
 from flushpoint.embedded import StateDir
 
 VERSION_TIMEOUT_S = 5.0
+GUEST_TIMEOUT_S = 60.0
+"""For one guest; its monitor is given up by itself before that."""
 FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 2
 PROBE_BYTES = 65536
 PYTHON_MIN = (3, 11)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check; `remedy` says what to do if it is not `ok`."""
-
-    name: str
-    ok: bool
-    required: bool
-    detail: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +58,20 @@ def examine() -> list[Finding]:
             _ability(state, "copy_file_range", _copy_file_range, "file copies here go through user space"),
         ]
     return [*findings, _stack(state), *_deployment(state)]
+
+
+def examine_guests(monitors: Sequence[str]) -> list[Finding]:
+    """What can be done with the guests at these QMP sockets of this host. Nothing is changed in them."""
+    return [finding for monitor in monitors for finding in _guest(monitor)]
+
+
+def _guest(monitor: str) -> list[Finding]:
+    command = [sys.executable, "-P", "-m", "workers.agent.inspect", monitor]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=GUEST_TIMEOUT_S, check=True).stdout
+    except subprocess.SubprocessError as error:
+        return [Finding(f"guest {monitor}", False, True, f"cannot be looked at: {error}")]
+    return [Finding(**found) for found in json.loads(told)]
 
 
 def _python() -> Finding:

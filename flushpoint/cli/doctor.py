@@ -1,8 +1,9 @@
-"""`flushpoint doctor`: what is there, what is missing, and which package brings it."""
+"""`flushpoint doctor`: what is there, what is missing, and which package brings it; and what guests can do."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
@@ -13,11 +14,17 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor(as_json: output.JsonOption = False) -> None:
-    """Check what Flushpoint needs on this machine; fails if a required part is missing."""
+def doctor(
+    guest: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Look at the guest of this QMP socket instead; may be given several times."),
+    ] = None,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Check what Flushpoint needs on this machine, or what guests on it can do; fails if a required part is missing."""
     from flushpoint import diagnosis
 
-    findings = diagnosis.examine()
+    findings = diagnosis.examine_guests(guest) if guest else diagnosis.examine()
     is_fit = all(finding.ok or not finding.required for finding in findings)
     if as_json:
         output.write_json({"ok": is_fit, "checks": [asdict(finding) for finding in findings]})

@@ -86,13 +86,17 @@ def refuse_unless_able(guest: Guest, disk: GuestDisk) -> None:
         )
 
 
+def opens_when_stopped(guest: Guest, disk: GuestDisk) -> bool:
+    """Whether the filter over this disk can only be added while the guest is stopped."""
+    return bool(disk.iothread) and guest.version < _OPENS_UNDER_LOAD
+
+
 async def prepare(monitor: Monitor, guest: Guest, disk: GuestDisk, directory: Path) -> View:
     """What of a view can be there before the cut: nothing of the guest's goes through it yet. `directory` has the
     scratch image. RefusedError for a disk of which no view can be taken."""
     refuse_unless_able(guest, disk)
     mark = secrets.token_hex(4)
-    busy = bool(disk.iothread) and guest.version < _OPENS_UNDER_LOAD
-    view = View(disk, directory / f"{mark}.scratch.qcow2", mark, opens_when_stopped=busy)
+    view = View(disk, directory / f"{mark}.scratch.qcow2", mark, opens_when_stopped(guest, disk))
     await asyncio.to_thread(_remember, monitor.path, view)
     try:
         await make_image(monitor, view.scratch, disk.size)

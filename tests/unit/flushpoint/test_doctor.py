@@ -127,3 +127,13 @@ def test_a_ledger_that_may_lose_jobs_is_told_of_and_does_not_fail(
     assert (code, checks["ledger"]["ok"], checks["ledger"]["detail"]) == (0, False, api.warnings[0])
     api.warnings = []
     assert findings(capsys)[1]["ledger"]["ok"]
+
+
+def test_a_guest_that_is_not_there_fails_and_nothing_else_is_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["doctor", "--json", "--guest", str(tmp_path / "db.qmp")])
+    [check] = json.loads(capsys.readouterr().out)["checks"]
+    assert (code, check["ok"]) == (1, False)
+    assert "there is no monitor at" in check["detail"]
+    assert "start the guest" in check["remedy"]
