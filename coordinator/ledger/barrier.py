@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from coordinator.model.epoch import CutFacts, Epoch, Standing
+from coordinator.model.epoch import CutFacts, Epoch, ReadFacts, Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,14 @@ class Barrier(Protocol):
         """`vm` has its views, did not run between FROZEN and the last of them, and is thawed. The last one makes the
         epoch `taken`. RefusedError before GO; ValueError unless `facts` have one view of each of its disks."""
 
+    async def readable(self, epoch: Epoch, vm: str, facts: ReadFacts) -> Standing:
+        """All disks of `vm` can be read as they were at its cut, and nothing that happens to it changes that. The last
+        one makes the epoch `readable`. RefusedError before all were cut; ValueError unless `facts` have one copy of
+        each of its disks."""
+
     async def fail_cut(self, epoch: Epoch, vm: str, why: str) -> Standing:
-        """After GO: the cut of `vm` failed, or it ran before all of it was cut, or its view broke while others still
-        cut. The epoch is aborted; the go key stays GO. RefusedError before GO, and once all were cut."""
+        """After GO: the cut of `vm` failed, or it ran before all of it was cut, or a view broke before all could be
+        read. The epoch is aborted; the go key stays GO. RefusedError before GO, and once all can be read."""
 
     async def abort(self, epoch: Epoch, vm: str, why: str) -> Standing:
         """`vm` cannot go on. Changes nothing after GO: look at the answer, cut or `fail_cut`."""

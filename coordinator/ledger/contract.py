@@ -316,7 +316,7 @@ class Ledger(Protocol):
 
     # -- epochs of groups -----------------------------------------------------------------------------------
     # The coordinator's part; that of the agents is in barrier.py. What each step does is said in model/epoch.py. The
-    # leader is woken (next_wake) when an epoch is taken or aborted.
+    # leader is woken (next_wake) when an epoch is taken, readable or aborted.
 
     def open_epoch(self, term: Term, group: str, spec: EpochSpec, after: int = 0) -> Epoch:
         """The group's next epoch, with a number greater than all before and than `after` (the greatest that is known
@@ -326,13 +326,17 @@ class Ledger(Protocol):
     def newest_epoch(self, group: str) -> Epoch | None:
         """The one that was opened last; None if there was none, or it was over more than an hour ago."""
 
+    def expire_epochs(self, term: Term) -> list[tuple[str, str]]:
+        """Abort every epoch whose phase has timed out, as `Barrier.time_out` does, whoever still waits for it; their
+        names and why, sorted."""
+
     def give_up_epoch(self, term: Term, group: str, number: int, why: str) -> Epoch:
         """End it without result: before GO the go key says ABORT, after that it stays GO. One that is over stays as it
         is. NotFoundError for one that was over long ago or is lost."""
 
     def retire_epoch(self, term: Term, group: str, number: int) -> Epoch:
-        """Its manifest is written: agents may drop its views and the bitmaps that it covers. RefusedError unless it was
-        taken, or is retired already; NotFoundError as above."""
+        """Its manifest is written: agents may drop its views and the bitmaps that it covers. RefusedError unless it
+        was readable, or is retired already; NotFoundError as above."""
 
     # -- doorbells and workers ------------------------------------------------------------------------------
     def work_is_ready(self) -> int:

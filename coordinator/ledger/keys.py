@@ -58,11 +58,13 @@ told:REPO           set     GROUP@EPOCH of which there was a RECOVERY_POINT     
 mark                string  the last mark: µs, or one more than the one before                     points' scripts
 epoch_numbers       hash    group: the number of its newest epoch; for ever                        epochs/open
 epoch:GROUP@NUMBER  hash    a field per field of Epoch but its arrivals (spec as JSON), _hosts     scripts/epochs
-                            (one a line). This and the next four: for an hour after it was over
+                            (one a line). This and the next five: for an hour after it was over
 epoch_vms:EPOCH     zset    its machines, in the order of the spec                                 epochs/open
 epoch_prepared:…,   set     the machines that arrived so                                           epochs/arrive
 epoch_frozen:EPOCH
 epoch_cut:EPOCH     hash    machine: its CutFacts as JSON                                          epochs/arrive
+epoch_readable:…    hash    machine: its ReadFacts as JSON                                         epochs/arrive
+epochs_open         set     epochs that are not over                                               scripts/epochs
 epochs_on:HOST      set     epochs with machines of the host that are not over                     scripts/epochs
 epoch_news:HOST     stream  group, number, phase, key, why, left_ms of epochs with machines of     scripts/epochs
                             the host; about the last 1000, for an hour

@@ -14,7 +14,18 @@ from coordinator.ledger.contract import GROUP_WAKE, Term
 from coordinator.ledger.redis_epochs import EPOCH_KEPT_MS, NEWS, restarted
 from coordinator.ledger.redis_fleet import FIRST_EVENT_ID, checked_event_id
 from coordinator.model import epoch as model
-from coordinator.model.epoch import Arrival, CutFacts, Epoch, EpochSpec, Phase, Standing, checked_facts, unknown_epoch
+from coordinator.model.epoch import (
+    Arrival,
+    CutFacts,
+    Epoch,
+    EpochSpec,
+    Phase,
+    ReadFacts,
+    Standing,
+    checked_facts,
+    checked_reads,
+    unknown_epoch,
+)
 
 
 class MemoryEpochs:
@@ -55,6 +66,13 @@ class MemoryEpochs:
         with self._guarded:
             self._expire()
             return self._epochs.get((group, self._numbers.get(group, 0)))
+
+    def expire_epochs(self, term: Term) -> list[tuple[str, str]]:
+        with self._guarded:
+            self._check_term(term)
+            open_ones = [(known.group, known.number) for known in self._epochs.values() if not known.is_over]
+            after = [self.step_epoch(group, number, model.time_out)[0] for group, number in open_ones]
+            return sorted((epoch.name, epoch.why) for epoch in after if epoch.is_over)
 
     def give_up_epoch(self, term: Term, group: str, number: int, why: str) -> Epoch:
         with self._guarded:
@@ -115,7 +133,7 @@ class MemoryEpochs:
             self._news[host].append((now_ms, news))
         for listener in self._listeners:
             listener()
-        if epoch.phase in (Phase.TAKEN, Phase.ABORTED):
+        if epoch.phase in (Phase.TAKEN, Phase.READABLE, Phase.ABORTED):
             self._wake_leader(GROUP_WAKE + epoch.group)
 
     def _expire(self) -> None:
@@ -147,6 +165,10 @@ class MemoryBarrier:
     async def cut(self, epoch: Epoch, vm: str, facts: CutFacts) -> Standing:
         checked_facts(epoch, vm, facts)
         return self._step(epoch, lambda known, now_ms: model.arrive(known, vm, Arrival.CUT, now_ms, facts))
+
+    async def readable(self, epoch: Epoch, vm: str, facts: ReadFacts) -> Standing:
+        checked_reads(epoch, vm, facts)
+        return self._step(epoch, lambda known, now_ms: model.arrive(known, vm, Arrival.READABLE, now_ms, facts))
 
     async def fail_cut(self, epoch: Epoch, vm: str, why: str) -> Standing:
         return self._step(epoch, lambda known, now_ms: model.fail_cut(known, vm, why, now_ms))

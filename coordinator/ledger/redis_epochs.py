@@ -18,11 +18,13 @@ from coordinator.model.epoch import (
     Epoch,
     EpochSpec,
     Phase,
+    ReadFacts,
     Standing,
     checked_facts,
     checked_group,
+    checked_reads,
     not_over,
-    not_taken,
+    not_readable,
     too_early,
     too_late_to_fail,
     unknown_epoch,
@@ -40,7 +42,7 @@ def restarted() -> RefusedError:
 
 
 def epoch_of(answer: Any) -> Epoch:
-    fields, prepared, frozen, cuts = answer
+    fields, prepared, frozen, cuts, reads = answer
     known = pairs(fields)
     return Epoch.model_validate(
         {
@@ -49,6 +51,7 @@ def epoch_of(answer: Any) -> Epoch:
             "prepared": prepared,
             "frozen": frozen,
             "cuts": {vm: CutFacts.model_validate_json(facts) for vm, facts in pairs(cuts).items()},
+            "reads": {vm: ReadFacts.model_validate_json(facts) for vm, facts in pairs(reads).items()},
         }
     )
 
@@ -80,6 +83,12 @@ class RedisEpochs:
         answer = self._server.ask("epochs/newest", group)
         return epoch_of(answer) if answer else None
 
+    def expire_epochs(self, term: Term) -> list[tuple[str, str]]:
+        answer = self._server.run("epochs/expire", *_fence(term))
+        if answer[0] == "deposed":
+            raise deposed(term)
+        return sorted(zip(answer[1::2], answer[2::2], strict=True))
+
     def give_up_epoch(self, term: Term, group: str, number: int, why: str) -> Epoch:
         return self._end(term, group, number, self._server.ask("epochs/give_up", *_fence(term), group, number, why))
 
@@ -92,7 +101,7 @@ class RedisEpochs:
         if answer[0] == "missing":
             raise unknown_epoch(f"{group}@{number}")
         if answer[0] == "refused":
-            raise not_taken(f"{group}@{number}", Phase(answer[1]))
+            raise not_readable(f"{group}@{number}", Phase(answer[1]))
         return epoch_of(answer[1])
 
 
@@ -120,6 +129,9 @@ class RedisBarrier:
 
     async def cut(self, epoch: Epoch, vm: str, facts: CutFacts) -> Standing:
         return await self._arrive(epoch, vm, Arrival.CUT, checked_facts(epoch, vm, facts).model_dump_json())
+
+    async def readable(self, epoch: Epoch, vm: str, facts: ReadFacts) -> Standing:
+        return await self._arrive(epoch, vm, Arrival.READABLE, checked_reads(epoch, vm, facts).model_dump_json())
 
     async def fail_cut(self, epoch: Epoch, vm: str, why: str) -> Standing:
         answer = await self._ask("fail_cut", epoch, f"{epoch.participant(vm).vm}: {why}")

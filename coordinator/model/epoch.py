@@ -2,15 +2,16 @@
 
 Nothing but `TRANSITIONS` and `transition_is_legal` decides which phase may follow which::
 
-    preparing ──> freezing ──> cutting ──> taken ──> retired
-        │            │            │          │
-        └────────────┴────────────┴──────────┴─────> aborted
+    preparing ──> freezing ──> cutting ──> taken ──> readable ──> retired
+        │            │            │          │          │
+        └────────────┴────────────┴──────────┴──────────┴───────> aborted
 
-    go key: open     open         go         go        go       (aborted: abort; go, where it was given up after that)
+    go key: open     open         go         go         go         (aborted: abort; go, where it came after that)
 
 Guests run while they prepare. When the last participant is PREPARED all may freeze, and the time for it runs. The last
 one FROZEN turns the go key to GO, unless that time is over; then it turns to ABORT. Participants act on its value
-alone, never on a clock of theirs. Each then cuts and thaws, and the epoch lives on if all are CUT.
+alone, never on a clock of theirs. Each then cuts and thaws, and the epoch lives on if all are CUT. Each makes its views
+READABLE for movers, which may take long; until it has, its views may break, and end the epoch.
 
 Times are whole milliseconds of the ledger's clock: one clock decides which arrival came in time.
 """
@@ -35,7 +36,9 @@ class Phase(enum.StrEnum):
     CUTTING = "cutting"
     """All were FROZEN in time: the go key says GO, views are taken, guests go on."""
     TAKEN = "taken"
-    """All are CUT: the views are copied, flushed and sealed."""
+    """All are CUT: the views are made readable."""
+    READABLE = "readable"
+    """Nothing of the hosts' can break any more: what they hold is copied, flushed and sealed."""
     RETIRED = "retired"
     """Published by its manifest: views go, and the bitmaps that it covers."""
     ABORTED = "aborted"
@@ -46,7 +49,8 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.PREPARING: frozenset({Phase.FREEZING, Phase.ABORTED}),
     Phase.FREEZING: frozenset({Phase.CUTTING, Phase.ABORTED}),
     Phase.CUTTING: frozenset({Phase.TAKEN, Phase.ABORTED}),
-    Phase.TAKEN: frozenset({Phase.RETIRED, Phase.ABORTED}),
+    Phase.TAKEN: frozenset({Phase.READABLE, Phase.ABORTED}),
+    Phase.READABLE: frozenset({Phase.RETIRED, Phase.ABORTED}),
     Phase.RETIRED: frozenset(),
     Phase.ABORTED: frozenset(),
 }
@@ -65,9 +69,15 @@ class Arrival(enum.StrEnum):
     PREPARED = "prepared"
     FROZEN = "frozen"
     CUT = "cut"
+    READABLE = "readable"
 
 
-COUNTS_IN = {Arrival.PREPARED: Phase.PREPARING, Arrival.FROZEN: Phase.FREEZING, Arrival.CUT: Phase.CUTTING}
+COUNTS_IN = {
+    Arrival.PREPARED: Phase.PREPARING,
+    Arrival.FROZEN: Phase.FREEZING,
+    Arrival.CUT: Phase.CUTTING,
+    Arrival.READABLE: Phase.TAKEN,
+}
 """The one phase in which an arrival counts. In an earlier one it is a mistake, in a later one it comes too late."""
 _BEFORE_GO = frozenset({Phase.PREPARING, Phase.FREEZING})
 
@@ -119,6 +129,8 @@ class EpochSpec(BaseModel):
     """How long to wait for the last one PREPARED."""
     freeze_ms: int = Field(gt=0)
     """From the last one PREPARED until all must be FROZEN; no guest is stopped for longer."""
+    hold_ms: int = Field(gt=0)
+    """From GO until all must be READABLE: as long as views are held, guests pay for them with each of their writes."""
     consistency: Literal["crash", "filesystem"] = "crash"
     """filesystem: file systems are frozen before a guest is stopped, where it lets us."""
     repository: str = ""
@@ -179,6 +191,29 @@ class CutFacts(BaseModel):
     """One of each disk."""
 
 
+class DiskCopy(BaseModel):
+    """Where one disk can be read as it was at the cut."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    disk: str
+    path: str
+    """Of a qcow2 image on its host that nobody writes any more."""
+    size: int = Field(gt=0)
+    """Of the disk, in bytes."""
+    since: int = Field(ge=0)
+    """It holds what was written since this epoch was cut, and nothing of the rest; 0: all of the disk."""
+
+
+class ReadFacts(BaseModel):
+    """What a participant tells when it is READABLE."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    copies: tuple[DiskCopy, ...]
+    """One of each disk."""
+
+
 class Standing(BaseModel):
     """What participants act on: the answer to every arrival, and the content of every piece of news."""
 
@@ -189,8 +224,8 @@ class Standing(BaseModel):
     why: str = ""
     """Why it was aborted."""
     left_ms: int = 0
-    """Until this phase times out, as of the answer; 0 where it does not. A participant that has heard nothing when
-    they are over asks for a time-out, and goes on waiting if the ledger's clock knows better."""
+    """Until this phase times out, as of the answer; 0 from GO on, when no participant waits for others any more. One
+    that has heard nothing when they are over asks for a time-out, and waits on if the ledger's clock knows better."""
 
 
 class Epoch(BaseModel):
@@ -210,11 +245,14 @@ class Epoch(BaseModel):
     freeze_by_ms: int = 0
     """0 until all are PREPARED."""
     go_ms: int = 0
-    """When the go key became GO: the hold time of views runs from here."""
+    """When the go key became GO."""
+    hold_by_ms: int = 0
+    """0 until then."""
     over_ms: int = 0
     prepared: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
     cuts: Mapping[str, CutFacts] = Field(default_factory=dict)
+    reads: Mapping[str, ReadFacts] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -230,6 +268,7 @@ class Epoch(BaseModel):
             Arrival.PREPARED: self.prepared,
             Arrival.FROZEN: self.frozen,
             Arrival.CUT: frozenset(self.cuts),
+            Arrival.READABLE: frozenset(self.reads),
         }[arrival]
 
     def participant(self, vm: str) -> Participant:
@@ -243,8 +282,8 @@ class Epoch(BaseModel):
         return tuple(participant for participant in self.spec.participants if participant.host == host)
 
     def standing(self, now_ms: int) -> Standing:
-        over_at = {Phase.PREPARING: self.prepare_by_ms, Phase.FREEZING: self.freeze_by_ms}.get(self.phase, now_ms)
-        return Standing(phase=self.phase, key=self.key, why=self.why, left_ms=max(0, over_at - now_ms))
+        left_ms = max(0, _ends_ms(self) - now_ms) if self.key is GoKey.OPEN else 0
+        return Standing(phase=self.phase, key=self.key, why=self.why, left_ms=left_ms)
 
 
 def open_epoch(group: str, number: int, spec: EpochSpec, now_ms: int) -> Epoch:
@@ -257,8 +296,8 @@ def open_epoch(group: str, number: int, spec: EpochSpec, now_ms: int) -> Epoch:
     )
 
 
-def arrive(epoch: Epoch, vm: str, arrival: Arrival, now_ms: int, facts: CutFacts | None = None) -> Epoch:
-    """A participant has prepared, frozen, or cut (with `facts`).
+def arrive(epoch: Epoch, vm: str, arrival: Arrival, now_ms: int, facts: CutFacts | ReadFacts | None = None) -> Epoch:
+    """A participant has prepared, frozen, cut, or is readable (the last two with `facts`).
 
     An arrival that was counted before changes nothing, whenever it comes again, and neither does one that comes too
     late: the answer tells what to do. One that comes too early was made without being told to: RefusedError.
@@ -272,9 +311,13 @@ def arrive(epoch: Epoch, vm: str, arrival: Arrival, now_ms: int, facts: CutFacts
     if epoch.phase is not COUNTS_IN[arrival]:
         return epoch
     if arrival is Arrival.CUT:
-        if facts is None:
+        if not isinstance(facts, CutFacts):
             raise ValueError("a cut comes with its facts")
         epoch = epoch.model_copy(update={"cuts": {**epoch.cuts, vm: facts}})
+    elif arrival is Arrival.READABLE:
+        if not isinstance(facts, ReadFacts):
+            raise ValueError("what is readable comes with its facts")
+        epoch = epoch.model_copy(update={"reads": {**epoch.reads, vm: facts}})
     else:
         epoch = epoch.model_copy(update={arrival.value: epoch.arrived(arrival) | {vm}})
     if len(epoch.arrived(arrival)) < len(epoch.spec.participants):
@@ -284,11 +327,11 @@ def arrive(epoch: Epoch, vm: str, arrival: Arrival, now_ms: int, facts: CutFacts
 
 def time_out(epoch: Epoch, now_ms: int) -> Epoch:
     """Somebody has waited long enough, it thinks: abort if the time of this phase is over."""
-    if epoch.phase is Phase.PREPARING and now_ms >= epoch.prepare_by_ms:
-        return _abort(epoch, _missing(epoch, Arrival.PREPARED), now_ms)
-    if epoch.phase is Phase.FREEZING and now_ms >= epoch.freeze_by_ms:
-        return _abort(epoch, _missing(epoch, Arrival.FROZEN), now_ms)
-    return epoch
+    awaited = _AWAITED.get(epoch.phase)
+    if awaited is None or now_ms < _ends_ms(epoch):
+        return epoch
+    missing = [vm for vm in epoch.spec.vms if vm not in epoch.arrived(awaited)]
+    return _abort(epoch, f"not {awaited} in time: {', '.join(missing)}", now_ms)
 
 
 def abort(epoch: Epoch, vm: str, why: str, now_ms: int) -> Epoch:
@@ -298,16 +341,16 @@ def abort(epoch: Epoch, vm: str, why: str, now_ms: int) -> Epoch:
 
 
 def fail_cut(epoch: Epoch, vm: str, why: str, now_ms: int) -> Epoch:
-    """After GO a participant's cut failed, or its view broke before all were CUT.
+    """After GO a participant's cut failed, or its view broke before everything was READABLE.
 
-    RefusedError where nobody may cut yet, and where all have: from then on the coordinator decides.
+    RefusedError where nobody may cut yet, and where all can be read: from then on the coordinator decides.
     """
     epoch.participant(vm)
     if is_early(Arrival.CUT, epoch.phase):
         raise too_early(epoch.name, vm, Arrival.CUT, epoch.phase)
-    if epoch.phase in (Phase.TAKEN, Phase.RETIRED):
+    if epoch.phase in (Phase.READABLE, Phase.RETIRED):
         raise too_late_to_fail(epoch.name, epoch.phase)
-    return _abort(epoch, f"{vm}: {why}", now_ms) if epoch.phase is Phase.CUTTING else epoch
+    return epoch if epoch.is_over else _abort(epoch, f"{vm}: {why}", now_ms)
 
 
 def give_up(epoch: Epoch, why: str, now_ms: int) -> Epoch:
@@ -316,11 +359,11 @@ def give_up(epoch: Epoch, why: str, now_ms: int) -> Epoch:
 
 
 def retire(epoch: Epoch, now_ms: int) -> Epoch:
-    """Its manifest is written. RefusedError unless all were CUT."""
+    """Its manifest is written. RefusedError unless all were READABLE."""
     if epoch.phase is Phase.RETIRED:
         return epoch
     if not transition_is_legal(epoch.phase, Phase.RETIRED):
-        raise not_taken(epoch.name, epoch.phase)
+        raise not_readable(epoch.name, epoch.phase)
     return _move(epoch, Phase.RETIRED, over_ms=now_ms)
 
 
@@ -338,16 +381,24 @@ def checked_facts(epoch: Epoch, vm: str, facts: CutFacts) -> CutFacts:
     return facts
 
 
+def checked_reads(epoch: Epoch, vm: str, facts: ReadFacts) -> ReadFacts:
+    """The same for copies."""
+    disks = sorted(epoch.participant(vm).disks)
+    if sorted(copy.disk for copy in facts.copies) != disks:
+        raise ValueError(f"{vm} needs one copy of each of its disks: {', '.join(disks)}")
+    return facts
+
+
 def too_early(name: str, vm: str, arrival: Arrival, phase: Phase) -> RefusedError:
     return RefusedError(f"{vm} is {arrival} in epoch {name}, which is {phase}: nobody was told to", "thaw it")
 
 
 def too_late_to_fail(name: str, phase: Phase) -> RefusedError:
-    return RefusedError(f"epoch {name} is {phase}: all were cut", "let the coordinator give it up")
+    return RefusedError(f"epoch {name} is {phase}: all can be read", "let the coordinator give it up")
 
 
-def not_taken(name: str, phase: Phase) -> RefusedError:
-    return RefusedError(f"epoch {name} is {phase}: only one that was taken can be retired", "give it up instead")
+def not_readable(name: str, phase: Phase) -> RefusedError:
+    return RefusedError(f"epoch {name} is {phase}: only one that can be read can be retired", "give it up instead")
 
 
 def not_over(name: str, phase: Phase) -> RefusedError:
@@ -363,17 +414,22 @@ def _all_prepared(epoch: Epoch, now_ms: int) -> Epoch:
 
 
 def _all_frozen(epoch: Epoch, now_ms: int) -> Epoch:
-    return _move(epoch, Phase.CUTTING, key=GoKey.GO, go_ms=now_ms)
+    return _move(epoch, Phase.CUTTING, key=GoKey.GO, go_ms=now_ms, hold_by_ms=now_ms + epoch.spec.hold_ms)
 
 
 def _all_cut(epoch: Epoch, now_ms: int) -> Epoch:
     return _move(epoch, Phase.TAKEN)
 
 
+def _all_readable(epoch: Epoch, now_ms: int) -> Epoch:
+    return _move(epoch, Phase.READABLE)
+
+
 _ON_LAST: dict[Arrival, Callable[[Epoch, int], Epoch]] = {
     Arrival.PREPARED: _all_prepared,
     Arrival.FROZEN: _all_frozen,
     Arrival.CUT: _all_cut,
+    Arrival.READABLE: _all_readable,
 }
 
 
@@ -387,6 +443,10 @@ def _move(epoch: Epoch, phase: Phase, **changes: Any) -> Epoch:
     return epoch.model_copy(update={"phase": phase, **changes})
 
 
-def _missing(epoch: Epoch, arrival: Arrival) -> str:
-    missing = [vm for vm in epoch.spec.vms if vm not in epoch.arrived(arrival)]
-    return f"not {arrival} in time: {', '.join(missing)}"
+_AWAITED = {phase: arrival for arrival, phase in COUNTS_IN.items()}
+
+
+def _ends_ms(epoch: Epoch) -> int:
+    """When the phase times out."""
+    ends = {Phase.PREPARING: epoch.prepare_by_ms, Phase.FREEZING: epoch.freeze_by_ms}
+    return ends.get(epoch.phase, epoch.hold_by_ms)

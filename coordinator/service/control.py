@@ -140,6 +140,7 @@ class ControlLoop:
             f"{unit} is ready again: its lease ran out or its delay is over"
             for unit in self._ledger.reap(term, self._settings.max_attempts)
         ]
+        sentences += [f"epoch {name} is aborted: {why}" for name, why in self._ledger.expire_epochs(term)]
         for job_id in self._ledger.active_jobs():
             sentences += self._visit_safely(job_id, term)
         return sentences + self._dismiss_surplus(term)

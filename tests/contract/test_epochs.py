@@ -30,7 +30,19 @@ from coordinator.ledger import (
     open_barrier,
 )
 from coordinator.ledger.redis_epochs import EPOCH_KEPT_MS
-from coordinator.model.epoch import CutFacts, DiskView, Epoch, EpochSpec, GoKey, Participant, Phase, Standing, ViewKind
+from coordinator.model.epoch import (
+    CutFacts,
+    DiskCopy,
+    DiskView,
+    Epoch,
+    EpochSpec,
+    GoKey,
+    Participant,
+    Phase,
+    ReadFacts,
+    Standing,
+    ViewKind,
+)
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError, UsageError
 from tests.contract.conftest import ValkeyServer
 
@@ -41,9 +53,13 @@ WAIT_S = 30.0
 """For what comes at once."""
 DB = Participant(vm="db", host="hv1", qmp="/run/db.qmp", disks=("vda", "vdb"))
 WEB = Participant(vm="web", host="hv2", disks=("vda",))
-SPEC = EpochSpec(participants=(DB, WEB), prepare_ms=HOUR_MS, freeze_ms=HOUR_MS, repository="r", published=3)
+SPEC = EpochSpec(
+    participants=(DB, WEB), prepare_ms=HOUR_MS, freeze_ms=HOUR_MS, hold_ms=HOUR_MS, repository="r", published=3
+)
+BEFORE_GO = (Phase.PREPARING, Phase.FREEZING)
 HURRIED = SPEC.model_copy(update={"prepare_ms": SOON_MS})
 HURRIED_FREEZE = SPEC.model_copy(update={"freeze_ms": SOON_MS})
+HURRIED_HOLD = SPEC.model_copy(update={"hold_ms": SOON_MS})
 
 
 def facts(*disks: str) -> CutFacts:
@@ -51,7 +67,14 @@ def facts(*disks: str) -> CutFacts:
     return CutFacts(cut_at=1.25, freeze_ms=7.5, filesystem_consistent=True, views=views)
 
 
+def copies(*disks: str) -> ReadFacts:
+    return ReadFacts(copies=tuple(DiskCopy(disk=d, path=f"/scratch/{d}.qcow2", size=1 << 30, since=3) for d in disks))
+
+
 FACTS = {participant.vm: facts(*participant.disks) for participant in SPEC.participants}
+
+
+COPIES = {participant.vm: copies(*participant.disks) for participant in SPEC.participants}
 
 
 @dataclass
@@ -113,6 +136,12 @@ async def all_cut(barrier: Barrier, epoch: Epoch) -> None:
         await barrier.cut(epoch, vm, FACTS[vm])
 
 
+async def all_readable(barrier: Barrier, epoch: Epoch) -> None:
+    await all_cut(barrier, epoch)
+    for vm in epoch.spec.vms:
+        await barrier.readable(epoch, vm, COPIES[vm])
+
+
 async def timed_out(barrier: Barrier, epoch: Epoch, standing: Standing) -> Standing:
     """As an agent waits that hears nothing."""
     while standing.phase not in (Phase.ABORTED, Phase.RETIRED):
@@ -128,7 +157,7 @@ def phases(news: list[News]) -> list[tuple[str, int, Phase]]:
 # -- the walk of an epoch ---------------------------------------------------------------------------------------
 
 
-def test_an_epoch_is_taken_when_all_have_prepared_frozen_and_cut(sides: Sides) -> None:
+def test_an_epoch_is_taken_when_all_were_cut_and_readable_when_all_can_be_read(sides: Sides) -> None:
     opened = sides.open()
     assert (opened.name, opened.spec, opened.phase, opened.key) == ("shop@1", SPEC, Phase.PREPARING, GoKey.OPEN)
     assert opened.prepare_by_ms == opened.opened_ms + HOUR_MS
@@ -147,13 +176,16 @@ def test_an_epoch_is_taken_when_all_have_prepared_frozen_and_cut(sides: Sides) -
         assert await barrier.frozen(epoch, "db") == Standing(phase=Phase.CUTTING, key=GoKey.GO)
         assert await barrier.cut(epoch, "db", FACTS["db"]) == Standing(phase=Phase.CUTTING, key=GoKey.GO)
         assert await barrier.cut(epoch, "web", FACTS["web"]) == Standing(phase=Phase.TAKEN, key=GoKey.GO)
+        assert await barrier.readable(epoch, "web", COPIES["web"]) == Standing(phase=Phase.TAKEN, key=GoKey.GO)
+        assert await barrier.readable(epoch, "db", COPIES["db"]) == Standing(phase=Phase.READABLE, key=GoKey.GO)
 
     sides.in_agent(story)
     taken = sides.newest()
-    assert taken.phase is Phase.TAKEN
+    assert taken.phase is Phase.READABLE
     assert taken.prepared == taken.frozen == {"db", "web"}
-    assert taken.cuts == FACTS
+    assert (taken.cuts, taken.reads) == (FACTS, COPIES)
     assert opened.opened_ms <= taken.go_ms < taken.freeze_by_ms
+    assert taken.hold_by_ms == taken.go_ms + HOUR_MS
     retired = sides.ledger.retire_epoch(sides.term, "shop", 1)
     assert (retired.phase, retired.key, retired.cuts) == (Phase.RETIRED, GoKey.GO, FACTS)
     assert retired == sides.ledger.retire_epoch(sides.term, "shop", 1) == sides.newest()
@@ -163,16 +195,15 @@ def test_a_host_hears_of_every_phase_in_order(sides: Sides) -> None:
     epoch = sides.open()
 
     async def story(barrier: Barrier) -> None:
-        await all_cut(barrier, epoch)
+        await all_readable(barrier, epoch)
         sides.ledger.retire_epoch(sides.term, "shop", 1)
         for host in ("hv1", "hv2"):
             news = await barrier.news(host, "0", 0)
             assert phases(news) == [
-                ("shop", 1, phase)
-                for phase in (Phase.PREPARING, Phase.FREEZING, Phase.CUTTING, Phase.TAKEN, Phase.RETIRED)
+                ("shop", 1, phase) for phase in (*BEFORE_GO, Phase.CUTTING, Phase.TAKEN, Phase.READABLE, Phase.RETIRED)
             ]
-            assert [one.standing.key for one in news] == [GoKey.OPEN, GoKey.OPEN, GoKey.GO, GoKey.GO, GoKey.GO]
-            assert [one.standing.left_ms for one in news] == [HOUR_MS, HOUR_MS, 0, 0, 0]
+            assert [one.standing.key for one in news] == [GoKey.OPEN] * 2 + [GoKey.GO] * 4
+            assert [one.standing.left_ms for one in news] == [HOUR_MS] * 2 + [0] * 4
             assert await barrier.news(host, news[2].id, 0) == news[3:]
             assert await barrier.last_news(host) == news[-1].id
             assert await barrier.news(host, news[-1].id, 0.01) == []
@@ -250,7 +281,7 @@ def test_a_position_that_is_none_is_a_mistake(sides: Sides) -> None:
     sides.in_agent(story)
 
 
-def test_the_leader_is_woken_when_an_epoch_is_taken_or_aborted(sides: Sides) -> None:
+def test_the_leader_is_woken_when_an_epoch_is_taken_readable_or_aborted(sides: Sides) -> None:
     epoch = sides.open()
     assert sides.ledger.next_wake(0) is None
 
@@ -259,7 +290,12 @@ def test_the_leader_is_woken_when_an_epoch_is_taken_or_aborted(sides: Sides) -> 
         assert sides.ledger.next_wake(0) is None, "nothing for it to do yet"
         await all_cut(barrier, epoch)
 
+    async def further(barrier: Barrier) -> None:
+        await all_readable(barrier, epoch)
+
     sides.in_agent(to_the_cut)
+    assert sides.ledger.next_wake(WAIT_S) == GROUP_WAKE + "shop"
+    sides.in_agent(further)
     assert sides.ledger.next_wake(WAIT_S) == GROUP_WAKE + "shop"
     sides.ledger.give_up_epoch(sides.term, "shop", 1, "held too long")
     assert sides.ledger.next_wake(WAIT_S) == GROUP_WAKE + "shop"
@@ -287,6 +323,8 @@ def test_an_arrival_made_again_changes_nothing_and_answers_the_same(sides: Sides
             await twice(lambda vm: barrier.cut(epoch, vm, FACTS[vm]), vm)
             other = FACTS[vm].model_copy(update={"freeze_ms": 99.0})
             await twice(lambda vm, other=other: barrier.cut(epoch, vm, other), vm)
+        for vm in ("db", "web"):
+            await twice(lambda vm: barrier.readable(epoch, vm, COPIES[vm]), vm)
         for vm in ("db", "web"):
             await twice(lambda vm: barrier.prepared(epoch, vm), vm)
             await twice(lambda vm: barrier.frozen(epoch, vm), vm)
@@ -337,10 +375,12 @@ def test_nobody_freezes_or_cuts_without_being_told_to(sides: Sides) -> None:
         await all_prepared(barrier, epoch)
         with pytest.raises(RefusedError, match="db is cut in epoch shop@1, which is freezing"):
             await barrier.cut(epoch, "db", FACTS["db"])
+        with pytest.raises(RefusedError, match="db is readable in epoch shop@1, which is freezing"):
+            await barrier.readable(epoch, "db", COPIES["db"])
 
     sides.in_agent(story)
     assert sides.newest().phase is Phase.FREEZING
-    assert sides.newest().frozen == set(sides.newest().cuts) == set()
+    assert sides.newest().frozen == set(sides.newest().cuts) == set(sides.newest().reads) == set()
 
 
 def test_a_stranger_and_a_cut_without_a_view_of_each_disk_are_mistakes(sides: Sides) -> None:
@@ -354,6 +394,8 @@ def test_a_stranger_and_a_cut_without_a_view_of_each_disk_are_mistakes(sides: Si
             await barrier.fail_cut(epoch, "mail", "it ran")
         with pytest.raises(ValueError, match="vda, vdb"):
             await barrier.cut(epoch, "db", facts("vda"))
+        with pytest.raises(ValueError, match="one copy of each of its disks: vda, vdb"):
+            await barrier.readable(epoch, "db", copies("vda"))
 
     sides.in_agent(story)
     assert sides.newest().phase is Phase.CUTTING
@@ -369,6 +411,7 @@ def test_an_epoch_that_is_lost_is_not_found(sides: Sides) -> None:
             lambda: barrier.prepared(lost, "db"),
             lambda: barrier.frozen(lost, "db"),
             lambda: barrier.cut(lost, "db", FACTS["db"]),
+            lambda: barrier.readable(lost, "db", COPIES["db"]),
             lambda: barrier.fail_cut(lost, "db", "it ran"),
             lambda: barrier.abort(lost, "db", "why"),
             lambda: barrier.time_out(lost),
@@ -442,6 +485,45 @@ def test_a_time_out_says_abort_to_all_at_the_deadline(sides: Sides) -> None:
     assert sides.newest().over_ms >= sides.newest().freeze_by_ms
 
 
+@pytest.mark.parametrize(
+    ("arrive", "why"),
+    [(all_frozen, "not cut in time: db, web"), (all_cut, "not readable in time: db, web")],
+    ids=["frozen", "cut"],
+)
+def test_views_that_are_held_too_long_end_the_epoch_whoever_waits_for_it(
+    sides: Sides, arrive: Callable[..., Awaitable[None]], why: str
+) -> None:
+    epoch = sides.open(HURRIED_HOLD)
+    mail = sides.open(group="mail")
+
+    async def story(barrier: Barrier) -> None:
+        await arrive(barrier, epoch)
+        ends_at = asyncio.get_running_loop().time() + WAIT_S
+        while not (expired := sides.ledger.expire_epochs(sides.term)):
+            assert asyncio.get_running_loop().time() < ends_at
+            await asyncio.sleep(SOON_MS / 1000)
+        assert expired == [(epoch.name, why)]
+        assert sides.ledger.expire_epochs(sides.term) == []
+        standing = Standing(phase=Phase.ABORTED, key=GoKey.GO, why=why)
+        assert await barrier.readable(epoch, "db", COPIES["db"]) == standing
+        assert (await barrier.news("hv1", "0", 0))[-1].standing == standing
+
+    sides.in_agent(story)
+    assert sides.newest("mail") == mail
+
+
+def test_what_can_be_read_is_not_held_by_anybody(sides: Sides) -> None:
+    epoch = sides.open(HURRIED_HOLD)
+
+    async def story(barrier: Barrier) -> None:
+        await all_readable(barrier, epoch)
+        await asyncio.sleep(2 * SOON_MS / 1000)
+
+    sides.in_agent(story)
+    assert sides.ledger.expire_epochs(sides.term) == []
+    assert sides.newest().phase is Phase.READABLE
+
+
 def test_a_time_out_too_soon_changes_nothing(sides: Sides) -> None:
     epoch = sides.open()
 
@@ -479,7 +561,7 @@ def test_a_participant_may_abort_before_go(sides: Sides, arrive: Callable[..., A
     sides.in_agent(story)
 
 
-@pytest.mark.parametrize("arrive", [all_frozen, all_cut])
+@pytest.mark.parametrize("arrive", [all_frozen, all_cut, all_readable])
 def test_an_abort_after_go_changes_nothing(sides: Sides, arrive: Callable[..., Awaitable[None]]) -> None:
     epoch = sides.open()
 
@@ -506,16 +588,30 @@ def test_a_failed_cut_ends_the_epoch_and_leaves_the_key(sides: Sides) -> None:
         assert (await barrier.news("hv1", "0", 0))[-1].standing == standing
 
     sides.in_agent(story)
-    with pytest.raises(RefusedError, match="only one that was taken"):
+    with pytest.raises(RefusedError, match="only one that can be read"):
         sides.ledger.retire_epoch(sides.term, "shop", 1)
 
 
-def test_once_all_were_cut_the_coordinator_decides(sides: Sides) -> None:
+def test_a_view_that_breaks_before_all_can_be_read_ends_the_epoch(sides: Sides) -> None:
     epoch = sides.open()
 
     async def story(barrier: Barrier) -> None:
         await all_cut(barrier, epoch)
-        with pytest.raises(RefusedError, match="epoch shop@1 is taken"):
+        await barrier.readable(epoch, "db", COPIES["db"])
+        standing = await barrier.fail_cut(epoch, "web", "no room for scratch")
+        assert standing == Standing(phase=Phase.ABORTED, key=GoKey.GO, why="web: no room for scratch")
+        assert await barrier.readable(epoch, "web", COPIES["web"]) == standing
+
+    sides.in_agent(story)
+    assert sides.newest().reads == {"db": COPIES["db"]}
+
+
+def test_once_all_can_be_read_the_coordinator_decides(sides: Sides) -> None:
+    epoch = sides.open()
+
+    async def story(barrier: Barrier) -> None:
+        await all_readable(barrier, epoch)
+        with pytest.raises(RefusedError, match="epoch shop@1 is readable"):
             await barrier.fail_cut(epoch, "db", "no room for scratch")
 
     sides.in_agent(story)
@@ -551,14 +647,14 @@ def test_a_group_has_one_epoch_at_a_time_and_numbers_only_grow(sides: Sides) -> 
     assert sides.newest().number == 8
 
 
-def test_the_next_epoch_is_opened_when_one_is_retired_and_not_while_it_is_taken(sides: Sides) -> None:
+def test_the_next_epoch_is_opened_when_one_is_retired_and_not_while_it_is_read(sides: Sides) -> None:
     epoch = sides.open()
 
     async def story(barrier: Barrier) -> None:
-        await all_cut(barrier, epoch)
+        await all_readable(barrier, epoch)
 
     sides.in_agent(story)
-    with pytest.raises(RefusedError, match="epoch shop@1 is taken"):
+    with pytest.raises(RefusedError, match="epoch shop@1 is readable"):
         sides.open()
     sides.ledger.retire_epoch(sides.term, "shop", 1)
     assert sides.open().number == 2
@@ -582,6 +678,7 @@ def test_a_coordinator_that_was_deposed_changes_nothing(sides: Sides) -> None:
     for step in (
         lambda: sides.ledger.open_epoch(old, "mail", SPEC),
         lambda: sides.ledger.give_up_epoch(old, "shop", 1, "why"),
+        lambda: sides.ledger.expire_epochs(old),
         lambda: sides.ledger.retire_epoch(old, "shop", 1),
     ):
         with pytest.raises(DeposedError):
@@ -629,13 +726,14 @@ def test_an_epoch_that_is_over_leaves_nothing_but_its_number(valkey_url: str) ->
             return {name.removeprefix(prefix): float(str(server.pttl(name))) for name in names}
 
         async def story(barrier: Barrier) -> None:
-            await all_cut(barrier, epoch)
+            await all_readable(barrier, epoch)
 
         sides.in_agent(story)
         news = {"epoch_news:hv1", "epoch_news:hv2"}
-        records = {f"{part}:shop@1" for part in ("epoch", "epoch_vms", "epoch_prepared", "epoch_frozen", "epoch_cut")}
+        arrivals = ("prepared", "frozen", "cut", "readable")
+        records = {f"{part}:shop@1" for part in ("epoch", "epoch_vms", *(f"epoch_{name}" for name in arrivals))}
         for_ever = {name for name, left_ms in kept().items() if left_ms < 0}
-        assert for_ever == records | {"epoch_numbers", "epochs_on:hv1", "epochs_on:hv2"}
+        assert for_ever == records | {"epoch_numbers", "epochs_open", "epochs_on:hv1", "epochs_on:hv2"}
         ledger.retire_epoch(sides.term, "shop", 1)
         assert kept().keys() == records | news | {"epoch_numbers"}
         assert all(0 < left_ms <= EPOCH_KEPT_MS for name, left_ms in kept().items() if name != "epoch_numbers")
@@ -727,7 +825,11 @@ class Twins(RuleBasedStateMachine):
     def cut(self, vm: str) -> None:
         self.agents(lambda barrier: barrier.cut(self.epoch, vm, FACTS[vm]))
 
-    @rule(arrive=st.sampled_from([all_prepared, all_frozen, all_cut]))
+    @rule(vm=st.sampled_from(["db", "web"]))
+    def readable(self, vm: str) -> None:
+        self.agents(lambda barrier: barrier.readable(self.epoch, vm, COPIES[vm]))
+
+    @rule(arrive=st.sampled_from([all_prepared, all_frozen, all_cut, all_readable]))
     def all(self, arrive: Callable[[Barrier, Epoch], Awaitable[None]]) -> None:
         self.agents(lambda barrier: arrive(barrier, self.epoch))
 
@@ -742,6 +844,10 @@ class Twins(RuleBasedStateMachine):
     @rule()
     def time_out(self) -> None:
         self.agents(lambda barrier: barrier.time_out(self.epoch))
+
+    @rule()
+    def expire(self) -> None:
+        self.both(lambda ledger: ledger.expire_epochs(self.term))
 
     @rule(off=st.sampled_from([0, 0, 0, -1]))
     def retire(self, off: int) -> None:
@@ -775,7 +881,7 @@ def _observable(answer: Any) -> Any:
     if isinstance(answer, Standing):
         return answer.model_copy(update={"left_ms": min(answer.left_ms, 1)})
     if isinstance(answer, Epoch):
-        timed = ("opened_ms", "prepare_by_ms", "freeze_by_ms", "go_ms", "over_ms")
+        timed = ("opened_ms", "prepare_by_ms", "freeze_by_ms", "go_ms", "hold_by_ms", "over_ms")
         return answer.model_copy(update={name: min(getattr(answer, name), 1) for name in timed})
     return answer
 

@@ -94,7 +94,7 @@ class Group:
         ledger.adopt_run(term, 0)
         self._term = term
 
-    def open(self) -> Epoch:
+    def open(self, hold_ms: int = HOUR_MS) -> Epoch:
         parts = [
             Participant(
                 vm=host.guest.directory.name,
@@ -104,7 +104,8 @@ class Group:
             )
             for host in self.hosts
         ]
-        spec = EpochSpec(participants=tuple(parts), prepare_ms=5_000, freeze_ms=FREEZE_MS, repository="0a1b")
+        times = {"prepare_ms": 5_000, "freeze_ms": FREEZE_MS, "hold_ms": hold_ms}
+        spec = EpochSpec(participants=tuple(parts), repository="0a1b", **times)
         return self._ledger.open_epoch(self._term, GROUP, spec)
 
     def now(self) -> Epoch:
@@ -116,16 +117,23 @@ class Group:
         wait_until(lambda: self.now().phase in phases, f"an epoch to be {' or '.join(phases)}", STEP_S)
         return self.now()
 
+    def expire(self) -> list[tuple[str, str]]:
+        return self._ledger.expire_epochs(self._term)
+
     def give_up(self) -> None:
         self._ledger.give_up_epoch(self._term, GROUP, self.now().number, "the test gives it up")
 
     def check_an_epoch(self) -> None:
-        """It is taken and staged, and no effect is in it without its cause."""
-        epoch = self.open()
-        taken = self.wait_for(Phase.TAKEN, Phase.ABORTED)
-        assert taken.phase is Phase.TAKEN, taken.why
+        """It is taken and can be read, and no effect is in it without its cause."""
+        self.check_and_retire(self.open())
+
+    def check_and_retire(self, epoch: Epoch) -> None:
+        read = self.wait_for(Phase.READABLE, Phase.ABORTED)
+        assert read.phase is Phase.READABLE, read.why
         images = [host.staged(epoch) for host in self.hosts]
-        wait_until(lambda: all(image.exists() for image in images), "images to be staged", STEP_S)
+        assert [str(image) for image in images] == [
+            copy.path for vm in epoch.spec.vms for copy in read.reads[vm].copies
+        ]
         lead, follow = map(first_number, images)
         assert follow <= lead <= follow + 1
         self._ledger.retire_epoch(self._term, GROUP, epoch.number)
@@ -216,8 +224,65 @@ def test_an_agent_that_is_killed_while_it_stages_leaves_nothing_once_it_is_start
     group.wait_for(Phase.TAKEN)
     wait_until(second.trip.exists, "the agent to stage", STEP_S)
     group.check_that_all_write()
+    second.start_agent()
+    assert group.wait_for(Phase.ABORTED).why == "follow: its agent was started again"
+    group.check_an_epoch()
+    for host in group.hosts:
+        host.end_agent()
+        assert asyncio.run(left_in(host.guest)) == []
+
+
+def test_what_was_staged_outlives_its_agent(group: Group) -> None:
+    """Killed after the epoch can be read, before, or when it is over: movers read on, or nothing is left."""
+    first, second = group.hosts
+    epoch = group.open()
+    group.wait_for(Phase.READABLE)
+    first.start_agent()
+    group.check_and_retire(epoch)
+    second.start_agent("between-stage-and-readable:kill")
+    epoch = group.open()
+    wait_until(second.trip.exists, "the agent to be killed before it could tell", STEP_S)
+    second.start_agent()
+    assert group.wait_for(Phase.ABORTED).why == "follow: its agent was started again"
+    assert not second.staged(epoch).exists()
+    epoch = group.open()
+    group.wait_for(Phase.READABLE)
+    second.end_agent()
     group.give_up()
     second.start_agent()
+    assert not second.staged(epoch).exists()
+    group.check_an_epoch()
+
+
+def test_a_disk_that_cannot_be_staged_ends_the_epoch_at_once(group: Group) -> None:
+    first, second = group.hosts
+    group.check_an_epoch()
+    place = second.scratch / f"{GROUP}@{group.now().number + 1}"
+    place.write_text("in the way")
+    group.open()
+    aborted = group.wait_for(Phase.ABORTED)
+    assert aborted.why.startswith("follow: "), aborted.why
+    place.unlink()
+    group.check_that_all_write()
+    group.check_an_epoch()
+    for host in (first, second):
+        host.end_agent()
+        assert asyncio.run(left_in(host.guest)) == []
+
+
+def test_a_view_that_is_held_too_long_is_taken_away(group: Group) -> None:
+    """An agent hangs and does not stage; the other has, and its guest has been free of its view for long."""
+    _, second = group.hosts
+    group.check_an_epoch()
+    second.start_agent("before-stage:stop")
+    epoch = group.open(hold_ms=2_000)
+    wait_until(second.trip.exists, "the agent to hang", STEP_S)
+    group.wait_for(Phase.TAKEN)
+    assert group.expire() == []
+    wait_until(lambda: group.expire() == [(epoch.name, "not readable in time: follow")], "its time to be over", STEP_S)
+    second.signal_agent(signal.SIGCONT)
+    group.check_that_all_write()
+    wait_until(lambda: not any(host.staged(epoch).parent.parent.exists() for host in group.hosts), "its end", STEP_S)
     group.check_an_epoch()
     for host in group.hosts:
         host.end_agent()

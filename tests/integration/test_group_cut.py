@@ -91,7 +91,8 @@ class Group:
             Participant(vm=guest.directory.name, host=HOST, disks=tuple(disk.name for disk in guest.disks))
             for guest in self._guests
         ]
-        spec = EpochSpec(participants=tuple(parts), prepare_ms=DEADLINE_MS, freeze_ms=freeze_ms, repository="0a1b")
+        times = {"prepare_ms": DEADLINE_MS, "freeze_ms": freeze_ms, "hold_ms": HOUR_MS}
+        spec = EpochSpec(participants=tuple(parts), repository="0a1b", **times)
         return self._ledger.open_epoch(self._term, self._name, spec)
 
     def standing(self) -> Epoch:
@@ -112,7 +113,7 @@ class Group:
             assert isinstance(taken, Taken), taken
             found.append(await number_in(machine, taken))
         assert self.standing().phase is Phase.TAKEN
-        self._ledger.retire_epoch(self._term, self._name, epoch.number)
+        self._ledger.give_up_epoch(self._term, self._name, epoch.number, "the test has read what it wanted")
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 import threading
@@ -16,6 +17,7 @@ from coordinator.model.bitmap import leftovers, rotate
 from coordinator.model.errors import UnavailableError
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
+from flushpoint.cli import main
 from tests.guest import GuestKit
 from tests.live_guest import LiveDisk, LiveGuest, running_guest
 from workers.access import Access
@@ -160,11 +162,51 @@ def test_a_disk_that_cannot_be_staged_leaves_no_view_of_any(
             parts, _ = await cut(vm, guest, tmpfs_path, "failing", 0, 1)
             monkeypatch.setattr("workers.agent.service.stage", fail)
             with pytest.raises(UnavailableError, match="no room"):
-                await stage_all(vm, parts, tmpfs_path / "staged")
+                await stage_all(vm, parts, tmpfs_path / "staged", 0)
             assert await ours(vm) == []
             guest.wait_until_it_writes()
 
     asyncio.run(check())
+
+
+def test_a_staging_that_is_cancelled_leaves_nothing_in_the_guest(
+    guest: LiveGuest, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its epoch is aborted meanwhile."""
+
+    async def check() -> None:
+        copying = asyncio.Event()
+
+        async def endless(vm: Vm, job: str) -> None:
+            copying.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr("workers.agent.stage._finish", endless)
+        async with monitored(guest, tmpfs_path) as vm:
+            parts, _ = await cut(vm, guest, tmpfs_path, "cancelled", 0, 1)
+            staging = asyncio.create_task(stage_all(vm, parts, tmpfs_path / "staged", 0))
+            await copying.wait()
+            staging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await staging
+            assert await ours(vm) == []
+            assert list(tmpfs_path.rglob("*.qcow2")) == []
+            guest.wait_until_it_writes()
+
+    asyncio.run(check())
+
+
+def test_doctor_tells_what_can_be_done_with_each_disk(guest: LiveGuest, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--guest", str(guest.monitor)]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert "running" in checks[f"guest {guest.monitor}"]["detail"]
+    for disk in guest.disks:
+        told = checks[f"guest {guest.monitor} {disk.name}"]
+        assert told["ok"], told
+        assert told["detail"].startswith(f"{disk.format}, 64 MiB, {'IOThread' if disk.iothread else 'main loop'}")
+        assert ("while the guest is stopped" in told["detail"]) == disk.iothread
+        assert checks[f"guest {guest.monitor} {disk.name} bitmaps"]["ok"] == (disk.format == "qcow2")
+    guest.wait_until_it_writes()
 
 
 async def tidy(vm: Vm, guest: LiveGuest, point: int) -> None:

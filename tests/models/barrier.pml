@@ -14,6 +14,8 @@
  *   - no participant acts on GO while another acts on ABORT
  *   - of an epoch that is TAKEN: at one moment all machines stood still, none of which ran between its freeze and its cut
  *
+ * What comes after TAKEN concerns no guest that stands still, and is not in here.
+ *
  * test_models.py has the scenarios and the mutations (#ifdef), of which each has to be found out.
  */
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.bitmap import rotate
 from coordinator.model.epoch import CutFacts, DiskView, Epoch, GoKey, Phase, Standing, ViewKind
-from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
+from coordinator.model.errors import FlushpointError, UnavailableError
 from workers.agent.cut import Part, Vm
 from workers.agent.feed import Feed
 from workers.agent.guest import look_at
@@ -130,13 +130,16 @@ def refuse_aborted(epoch: Epoch, standing: Standing) -> None:
         raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
 
 
-async def recover(epoch: Epoch, vm: str, barrier: Barrier) -> None:
-    """For an agent that was started again: what it had begun is worth nothing, and nobody is to wait for it."""
+async def recover(epoch: Epoch, vm: str, barrier: Barrier) -> bool:
+    """For an agent that was started again and has taken its views away: whether all was staged before, and can be read
+    without it. Else nobody is to wait for what it had begun."""
+    if vm in epoch.reads:
+        return True
     why = "its agent was started again"
     standing = await barrier.abort(epoch, vm, why)
-    if standing.phase is Phase.CUTTING and vm not in (await barrier.epoch(epoch.group, epoch.number)).cuts:
-        with suppress(RefusedError):  # all were cut meanwhile
-            await barrier.fail_cut(epoch, vm, why)
+    if standing.phase in (Phase.CUTTING, Phase.TAKEN):
+        await barrier.fail_cut(epoch, vm, why)
+    return False
 
 
 def _sync(path: str) -> None:

@@ -2,17 +2,20 @@
 
 ::
 
-    news ──> take_part (every machine of ours) ──> stage (every disk) ──> SCRATCH/GROUP@EPOCH/VM/DISK.qcow2
+    news ──> take_part (every machine of ours) ──> stage (every disk) ──> SCRATCH/GROUP@EPOCH/VM/DISK.qcow2 ──> readable
     news: retired or aborted ──> the images go, and bitmaps that the point covers
 
 An agent that starts first lets run what one before it left stopped, then takes away what that one left in guests, then
-gives up the epochs that one took part in. Everything it needs for that is on the host's own disk.
+gives up the epochs that one took part in, but for those whose disks it had staged: movers read them without an agent.
+Everything it needs for that is on the host's own disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -21,15 +24,15 @@ import structlog
 
 from coordinator.ledger.barrier import Barrier, News
 from coordinator.model.bitmap import leftovers
-from coordinator.model.epoch import OVER, Epoch, Participant, Phase
-from coordinator.model.errors import FlushpointError, NotFoundError
+from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts
+from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.agent.cut import Part, Vm, let_run
-from workers.agent.feed import Feed
+from workers.agent.feed import AGAIN_S, Feed
 from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
-from workers.agent.participant import AbortedError, Machine, recover
+from workers.agent.participant import AbortedError, Machine, Taken, recover
 from workers.agent.stage import clear, stage
 from workers.agent.views import forget, remembered, remove
 from workers.failpoint import pass_point
@@ -52,16 +55,21 @@ class Agent:
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
         self._at_work: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._staging: dict[tuple[str, int], list[asyncio.Task[tuple[DiskCopy, ...]]]] = {}
 
     async def run(self, ready: Callable[[], None]) -> None:
         """`ready` is called when what was left behind is cleared up."""
         for sentence in await let_run(self._journal):
             log.warning(sentence)
-        await self._clear_up()
+        await self._clear_guests()
         position = await self._barrier.last_news(self._host)
+        staged = set()
         for epoch in await self._barrier.epochs_on(self._host):
-            for participant in epoch.on(self._host):
-                await recover(epoch, participant.vm, self._barrier)
+            recovered = [await recover(epoch, mine.vm, self._barrier) for mine in epoch.on(self._host)]
+            if all(recovered):
+                staged.add(self._place(epoch.group, epoch.number))
+        for place in set(self._scratch.glob("*@*")) - staged:  # nobody reads what belongs to an epoch that is over
+            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
         ready()
         try:
             await self._feed.listen(position, self._told)
@@ -79,6 +87,8 @@ class Agent:
             self._at_work[name] = task
             task.add_done_callback(lambda _: self._at_work.pop(name, None))
         elif news.standing.phase in OVER:
+            for staging in self._staging.pop(name, ()):
+                staging.cancel()  # nobody will read it, and the guest pays for its view
             after = self._at_work.get(name)
             task = asyncio.create_task(self._tidy(*name, news.standing.phase, after))
             self._at_work[news.group, -news.number] = task
@@ -107,7 +117,7 @@ class Agent:
         try:
             taken = await machine.take_part(epoch, self._barrier, self._feed)
             said.info("cut", freeze_ms=round(taken.facts.freeze_ms, 1))
-            await stage_all(vm, taken.parts, self._place(epoch.group, epoch.number) / participant.vm)
+            await self._make_readable(epoch, participant, vm, taken)
             said.info("staged")
         except AbortedError as error:
             said.info(error.message)
@@ -115,6 +125,44 @@ class Agent:
             said.warning("nothing comes of this machine's part", error=str(error))
             if isinstance(error, GuestSilentError):
                 await self._let_go(Path(participant.qmp))
+
+    async def _make_readable(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> None:
+        """Whatever fails here ends the epoch; a ledger that is away is waited for."""
+        try:
+            copies = await self._staged(epoch, participant, vm, taken)
+        except AbortedError:
+            raise
+        except Exception as error:
+            why = error.message if isinstance(error, FlushpointError) else f"its agent failed: {error!r}"
+            with suppress(FlushpointError):  # the coordinator gives up an epoch that takes too long
+                await self._barrier.fail_cut(epoch, participant.vm, why)
+            raise
+        pass_point("between-stage-and-readable")
+        give_up_at = time.monotonic() + STAGE_S
+        while True:
+            try:
+                standing = await self._barrier.readable(epoch, participant.vm, ReadFacts(copies=copies))
+            except UnavailableError:
+                if time.monotonic() > give_up_at:
+                    raise
+                await asyncio.sleep(AGAIN_S)
+            else:
+                break
+        if standing.phase is Phase.ABORTED:
+            raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
+
+    async def _staged(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> tuple[DiskCopy, ...]:
+        """AbortedError if the epoch is, meanwhile."""
+        place = self._place(epoch.group, epoch.number) / participant.vm
+        staging = asyncio.create_task(stage_all(vm, taken.parts, place, epoch.spec.published))
+        self._staging.setdefault((epoch.group, epoch.number), []).append(staging)
+        try:
+            return await staging
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise AbortedError(f"epoch {epoch.name} was aborted while it was staged") from None
 
     async def _tidy(self, group: str, number: int, phase: Phase, after: asyncio.Task[None] | None) -> None:
         """Once it is over, and this host has ended its part."""
@@ -150,8 +198,8 @@ class Agent:
         if vm is not None:
             await vm.monitor.close()
 
-    async def _clear_up(self) -> None:
-        """Views that an agent before this one left in guests, and what it had staged."""
+    async def _clear_guests(self) -> None:
+        """Of views that an agent before this one left in them."""
         for path, view in list(remembered(self._scratch)):
             try:
                 vm = await self._vm(path)
@@ -160,18 +208,38 @@ class Agent:
                 log.warning("took away what an agent before this one left", monitor=str(path), disk=view.disk.device)
             except NotFoundError:
                 forget(view)
-        for place in self._scratch.glob("*@*"):
-            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
 
 
-async def stage_all(vm: Vm, parts: Sequence[Part], place: Path) -> None:
-    """Every disk as PLACE/DISK.qcow2. No view is left, also of disks whose turn did not come after an error."""
+async def stage_all(vm: Vm, parts: Sequence[Part], place: Path, published: int) -> tuple[DiskCopy, ...]:
+    """Every disk as PLACE/DISK.qcow2, durable. No view is left, whatever fails and whose turn had not come."""
+    copies = []
     async with AsyncExitStack() as left:
         for part in parts:
             left.push_async_callback(remove, vm.monitor, part.view)
-        place.mkdir(parents=True, exist_ok=True)
         for part in parts:
             pass_point("before-stage")
-            staged = await stage(vm, part.view, part.rotation.changed, STAGE_S)
-            staged.image.replace(place / f"{part.view.disk.device}.qcow2")
+            device, changed = part.view.disk.device, part.rotation.changed
+            staged = await stage(vm, part.view, changed, STAGE_S)
             await remove(vm.monitor, part.view)  # the guest is rid of the filter as soon as may be
+            path = place / f"{device}.qcow2"
+            await asyncio.to_thread(_put, staged.image, path)
+            since = published if changed else 0
+            copies.append(DiskCopy(disk=device, path=str(path), size=staged.size, since=since))
+    return tuple(copies)
+
+
+def _put(image: Path, path: Path) -> None:
+    """Durable: a host that crashes and comes back has the image as movers were told that it is, or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(image, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        image.replace(path)
+    except OSError as error:
+        image.unlink(missing_ok=True)
+        raise UnavailableError(
+            f"the staged image {path} cannot be written: {error.strerror}", "look at the scratch directory's disk"
+        ) from error

@@ -199,7 +199,10 @@ def test_a_peer_that_becomes_slow_is_followed_within_two_windows(ledger: MemoryL
 
 def test_an_epoch_and_its_news_are_forgotten_an_hour_after_it_was_over(ledger: MemoryLedger, clock: Clock) -> None:
     spec = EpochSpec(
-        participants=(Participant(vm="db", host="hv1", disks=("vda",)),), prepare_ms=EPOCH_KEPT_MS * 2, freeze_ms=1
+        participants=(Participant(vm="db", host="hv1", disks=("vda",)),),
+        prepare_ms=EPOCH_KEPT_MS * 2,
+        freeze_ms=1,
+        hold_ms=1,
     )
     term, barrier = plan(ledger), MemoryBarrier(ledger)
     ledger.open_epoch(term, "shop", spec)

@@ -15,16 +15,19 @@ from coordinator.model.epoch import (
     TRANSITIONS,
     Arrival,
     CutFacts,
+    DiskCopy,
     DiskView,
     Epoch,
     EpochSpec,
     GoKey,
     Participant,
     Phase,
+    ReadFacts,
     ViewKind,
     abort,
     arrive,
     checked_facts,
+    checked_reads,
     fail_cut,
     give_up,
     is_early,
@@ -37,22 +40,29 @@ from coordinator.model.errors import NotFoundError, RefusedError, UsageError
 
 PREPARE_MS = 500
 FREEZE_MS = 100
+HOLD_MS = 10_000
 FACTS = CutFacts(
     cut_at=1.5, freeze_ms=7.0, filesystem_consistent=False, views=(DiskView(disk="vda", kind=ViewKind.STAGE),)
 )
+COPIES = ReadFacts(copies=(DiskCopy(disk="vda", path="/scratch/vda.qcow2", size=1 << 30, since=6),))
 DB = Participant(vm="db", host="hv1", disks=("vda",))
 WEB = Participant(vm="web", host="hv2", disks=("vda",))
 
 
 def opened(*participants: Participant) -> Epoch:
-    spec = EpochSpec(participants=participants or (DB, WEB), prepare_ms=PREPARE_MS, freeze_ms=FREEZE_MS)
+    times = {"prepare_ms": PREPARE_MS, "freeze_ms": FREEZE_MS, "hold_ms": HOLD_MS}
+    spec = EpochSpec(participants=participants or (DB, WEB), **times)
     return open_epoch("shop", 7, spec, 0)
 
 
 def all_arrive(epoch: Epoch, arrival: Arrival, now_ms: int) -> Epoch:
     for vm in epoch.spec.vms:
-        epoch = arrive(epoch, vm, arrival, now_ms, FACTS)
+        epoch = arrive(epoch, vm, arrival, now_ms, facts_of(arrival))
     return epoch
+
+
+def facts_of(arrival: Arrival) -> CutFacts | ReadFacts | None:
+    return {Arrival.CUT: FACTS, Arrival.READABLE: COPIES}.get(arrival)
 
 
 def freezing() -> Epoch:
@@ -67,13 +77,19 @@ def taken() -> Epoch:
     return all_arrive(cutting(), Arrival.CUT, 30)
 
 
-def test_an_epoch_is_taken_when_all_have_prepared_frozen_and_cut() -> None:
+def readable() -> Epoch:
+    return all_arrive(taken(), Arrival.READABLE, 35)
+
+
+def test_an_epoch_is_taken_when_all_have_prepared_frozen_and_cut_and_retired_when_it_was_read() -> None:
     epoch = freezing()
     assert (epoch.phase, epoch.key, epoch.freeze_by_ms) == (Phase.FREEZING, GoKey.OPEN, 10 + FREEZE_MS)
     epoch = all_arrive(epoch, Arrival.FROZEN, 20)
     assert (epoch.phase, epoch.key, epoch.go_ms) == (Phase.CUTTING, GoKey.GO, 20)
     epoch = all_arrive(epoch, Arrival.CUT, 30)
     assert (epoch.phase, epoch.key, dict(epoch.cuts)) == (Phase.TAKEN, GoKey.GO, {"db": FACTS, "web": FACTS})
+    epoch = all_arrive(epoch, Arrival.READABLE, 35)
+    assert (epoch.phase, epoch.key, dict(epoch.reads)) == (Phase.READABLE, GoKey.GO, {"db": COPIES, "web": COPIES})
     assert retire(epoch, 40).phase is Phase.RETIRED
 
 
@@ -95,7 +111,15 @@ def test_a_time_out_that_comes_too_soon_changes_nothing_and_says_how_long_to_wai
     assert opened().standing(PREPARE_MS - 1).left_ms == 1
     assert freezing().standing(10).left_ms == FREEZE_MS
     assert cutting().standing(20).left_ms == 0
-    assert time_out(cutting(), 10**9) == cutting(), "the coordinator's hold time ends it, not this"
+    assert time_out(taken(), 20 + HOLD_MS - 1) == taken()
+
+
+def test_a_view_is_not_held_for_longer_than_was_said() -> None:
+    late = time_out(arrive(cutting(), "db", Arrival.CUT, 30, FACTS), 20 + HOLD_MS)
+    assert (late.phase, late.key, late.why) == (Phase.ABORTED, GoKey.GO, "not cut in time: web")
+    late = arrive(taken(), "db", Arrival.READABLE, 20 + HOLD_MS, COPIES)
+    assert (late.phase, late.key, late.why) == (Phase.ABORTED, GoKey.GO, "not readable in time: db, web")
+    assert time_out(readable(), 10**9) == readable(), "nobody holds anything any more"
 
 
 @pytest.mark.parametrize("phase", [opened, freezing])
@@ -109,7 +133,7 @@ def test_a_participant_may_abort_before_go(phase: Callable[[], Epoch]) -> None:
     )
 
 
-@pytest.mark.parametrize("phase", [cutting, taken])
+@pytest.mark.parametrize("phase", [cutting, taken, readable])
 def test_an_abort_after_go_changes_nothing(phase: Callable[[], Epoch]) -> None:
     assert abort(phase(), "db", "too slow", 25) == phase()
 
@@ -122,37 +146,48 @@ def test_a_failed_cut_aborts_the_epoch_and_never_takes_go_back() -> None:
         assert arrive(ended, "web", Arrival.CUT, 27, FACTS) == ended
 
 
-def test_a_cut_cannot_fail_before_go_or_after_all_have_cut() -> None:
+def test_a_view_that_breaks_before_all_can_be_read_aborts_the_epoch() -> None:
+    read_of_one = arrive(taken(), "db", Arrival.READABLE, 35, COPIES)
+    for vm in ("db", "web"):
+        ended = fail_cut(read_of_one, vm, "no room for scratch", 36)
+        assert (ended.phase, ended.key, ended.why) == (Phase.ABORTED, GoKey.GO, f"{vm}: no room for scratch")
+        assert arrive(ended, "web", Arrival.READABLE, 37, COPIES) == ended
+
+
+def test_a_cut_cannot_fail_before_go_or_after_all_can_be_read() -> None:
     for phase in (opened, freezing):
         with pytest.raises(RefusedError, match="nobody was told to"):
             fail_cut(phase(), "db", "it ran", 25)
-    for epoch in (taken(), retire(taken(), 40)):
-        with pytest.raises(RefusedError, match="all were cut"):
+    for epoch in (readable(), retire(readable(), 40)):
+        with pytest.raises(RefusedError, match="all can be read"):
             fail_cut(epoch, "db", "no room for scratch", 41)
-    ended = give_up(taken(), "held too long", 41)
+    ended = give_up(readable(), "held too long", 41)
     assert fail_cut(ended, "db", "no room for scratch", 42) == ended
 
 
 def test_the_coordinator_may_give_up_until_the_epoch_is_over() -> None:
-    for phase, key in ((opened, GoKey.ABORT), (freezing, GoKey.ABORT), (cutting, GoKey.GO), (taken, GoKey.GO)):
+    before_go, after_go = (opened, freezing), (cutting, taken, readable)
+    for phase in (*before_go, *after_go):
         ended = give_up(phase(), "held too long", 50)
-        assert (ended.phase, ended.key, ended.why) == (Phase.ABORTED, key, "held too long")
+        assert (ended.phase, ended.why) == (Phase.ABORTED, "held too long")
+        assert ended.key is (GoKey.ABORT if phase in before_go else GoKey.GO)
         assert give_up(ended, "once more", 51) == ended
-    published = retire(taken(), 40)
+    published = retire(readable(), 40)
     assert give_up(published, "held too long", 50) == published
 
 
-def test_only_what_was_taken_is_retired() -> None:
-    for phase in (opened, freezing, cutting, lambda: give_up(taken(), "held too long", 35)):
-        with pytest.raises(RefusedError, match="only one that was taken"):
+def test_only_what_can_be_read_is_retired() -> None:
+    for phase in (opened, freezing, cutting, taken, lambda: give_up(readable(), "held too long", 36)):
+        with pytest.raises(RefusedError, match="only one that can be read"):
             retire(phase(), 40)
-    assert retire(retire(taken(), 40), 50) == retire(taken(), 40)
+    assert retire(retire(readable(), 40), 50) == retire(readable(), 40)
 
 
 def test_nobody_freezes_or_cuts_without_being_told_to() -> None:
-    for epoch, arrival in ((opened(), Arrival.FROZEN), (opened(), Arrival.CUT), (freezing(), Arrival.CUT)):
+    early = [(opened(), Arrival.FROZEN), (opened(), Arrival.CUT), (freezing(), Arrival.CUT)]
+    for epoch, arrival in (*early, (cutting(), Arrival.READABLE)):
         with pytest.raises(RefusedError, match="nobody was told to"):
-            arrive(epoch, "db", arrival, 20, FACTS)
+            arrive(epoch, "db", arrival, 20, facts_of(arrival))
 
 
 def test_a_stranger_does_not_arrive() -> None:
@@ -172,6 +207,15 @@ def test_a_cut_has_facts_and_a_view_of_each_disk() -> None:
     with pytest.raises(ValueError, match="vda, vdb"):
         checked_facts(two, "db", FACTS)
     assert checked_facts(opened(), "db", FACTS) is FACTS
+
+
+def test_what_is_readable_has_a_copy_of_each_disk() -> None:
+    with pytest.raises(ValueError, match="facts"):
+        arrive(taken(), "db", Arrival.READABLE, 35, FACTS)
+    two = opened(Participant(vm="db", host="hv1", disks=("vda", "vdb")))
+    with pytest.raises(ValueError, match="one copy of each of its disks: vda, vdb"):
+        checked_reads(two, "db", COPIES)
+    assert checked_reads(opened(), "db", COPIES) is COPIES
 
 
 @pytest.mark.parametrize(
@@ -210,7 +254,7 @@ def test_every_phase_leads_to_an_end_and_none_leads_back() -> None:
         assert not any(transition_is_legal(new, old) for new in following)
     assert not is_early(Arrival.PREPARED, Phase.PREPARING)
     assert is_early(Arrival.CUT, Phase.PREPARING)
-    assert not any(is_early(arrival, phase) for arrival in Arrival for phase in OVER | {Phase.TAKEN})
+    assert not any(is_early(arrival, phase) for arrival in Arrival for phase in OVER | {Phase.READABLE})
 
 
 @dataclass
@@ -237,7 +281,7 @@ class History:
 
     def _stepped(self, vm: str, what: Arrival | str) -> Epoch:
         if isinstance(what, Arrival):
-            return arrive(self.epoch, vm, what, self.now_ms, FACTS)
+            return arrive(self.epoch, vm, what, self.now_ms, facts_of(what))
         if what == "abort":
             return abort(self.epoch, vm, "why", self.now_ms)
         if what == "fail_cut":
@@ -274,7 +318,7 @@ def in_order(vms: int, length: int) -> list[tuple[str, Arrival | str, int]]:
     return [(vm, arrival, 1) for arrival in Arrival for vm in "abc"[:vms]][:length]
 
 
-@given(st.integers(1, 3), st.integers(0, 9), _STEPS)
+@given(st.integers(1, 3), st.integers(0, 12), _STEPS)
 def test_the_key_is_never_both_and_says_go_only_if_all_came_in_time(
     vms: int, ordered: int, steps: list[tuple[str, Arrival | str, int]]
 ) -> None:
@@ -290,23 +334,26 @@ def test_the_key_is_never_both_and_says_go_only_if_all_came_in_time(
         assert epoch.go_ms < epoch.freeze_by_ms
 
 
-@given(st.integers(1, 3), st.integers(0, 9), _STEPS)
+@given(st.integers(1, 3), st.integers(0, 12), _STEPS)
 def test_it_is_taken_only_if_all_were_cut_after_go(
     vms: int, ordered: int, steps: list[tuple[str, Arrival | str, int]]
 ) -> None:
     history = lived(vms, in_order(vms, ordered) + steps)
     if history.epoch.cuts:
         assert history.epoch.key is GoKey.GO, "nobody is told to cut without it"
-    if history.epoch.phase in (Phase.TAKEN, Phase.RETIRED):
+    if history.epoch.phase in (Phase.TAKEN, Phase.READABLE, Phase.RETIRED):
         assert history.came(Arrival.CUT, history.epoch.go_ms, history.now_ms + 1)
+    if history.epoch.phase in (Phase.READABLE, Phase.RETIRED):
+        assert history.came(Arrival.READABLE, history.epoch.go_ms, history.now_ms + 1)
 
 
-@given(st.integers(1, 3), st.integers(0, 9), _STEPS, st.integers(0, 10_000))
+@given(st.integers(1, 3), st.integers(0, 12), _STEPS, st.integers(0, 10_000))
 def test_an_arrival_that_was_counted_changes_nothing_whenever_it_comes_again(
     vms: int, ordered: int, steps: list[tuple[str, Arrival | str, int]], later_ms: int
 ) -> None:
     history = lived(vms, in_order(vms, ordered) + steps)
-    other = FACTS.model_copy(update={"freeze_ms": 99.0})
+    other_cut, other_copies = FACTS.model_copy(update={"freeze_ms": 99.0}), ReadFacts(copies=())
     for arrival in Arrival:
+        other = {Arrival.CUT: other_cut, Arrival.READABLE: other_copies}.get(arrival)
         for vm in history.epoch.arrived(arrival):
             assert arrive(history.epoch, vm, arrival, history.now_ms + later_ms, other) == history.epoch

@@ -10,6 +10,7 @@ from kombu.exceptions import OperationalError
 from structlog.testing import capture_logs
 
 from coordinator.ledger import DeposedError, Finished, MemoryLedger, Term
+from coordinator.model.epoch import EpochSpec, Participant
 from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.job import JobSpec, State, Verb
@@ -75,6 +76,17 @@ def test_a_job_is_driven_from_created_to_concluded(bench: Bench) -> None:
     job = bench.ledger.job("j").job
     assert job.state is State.CONCLUDED
     assert job.len == job.offset == 100
+
+
+def test_an_epoch_whose_machines_are_silent_is_ended_by_the_sweep(bench: Bench) -> None:
+    bench.cycles(1)
+    term = bench.control._term
+    assert term is not None
+    machine = Participant(vm="db", host="hv1", disks=("vda",))
+    bench.ledger.open_epoch(term, "shop", EpochSpec(participants=(machine,), prepare_ms=1, freeze_ms=1, hold_ms=1))
+    sentences: list[str] = []
+    wait_until(lambda: sentences.extend(bench.cycles(1)) or sentences, "a sweep that finds it", 5)
+    assert sentences == ["epoch shop@1 is aborted: not prepared in time: db"]
 
 
 def lose_workers(bench: Bench) -> None:

@@ -1,5 +1,6 @@
 -- A participant cannot go on: abort, unless the go key says GO.
--- Keys: epoch:*, epoch_vms:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:*, epoch_news:*, epochs_on:*, wake (written).
+-- Keys: epoch:*, epoch_vms:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:*, epoch_readable:*, epoch_news:*,
+--   epochs_on:*, epochs_open, wake (written).
 -- ARGV: group, number, why.
 -- Returns how the epoch stands, or {"missing"}.
 local epoch = epoch_name(ARGV[1], ARGV[2])

@@ -1,6 +1,6 @@
 -- The coordinator ends an epoch without result.
--- Keys: leader (read), epoch:*, epoch_vms:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:*, epoch_news:*, epochs_on:*,
---   wake (written).
+-- Keys: leader (read), epoch:*, epoch_vms:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:*, epoch_readable:*,
+--   epoch_news:*, epochs_on:*, epochs_open, wake (written).
 -- ARGV: generation, nonce, group, number, why.
 -- Returns {"ok", record}, {"deposed"} or {"missing"}.
 local epoch = epoch_name(ARGV[3], ARGV[4])

@@ -1,5 +1,5 @@
 -- The epochs that a host takes part in and that are not over.
--- Keys: epochs_on:*, epoch:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:* (read).
+-- Keys: epochs_on:*, epoch:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:*, epoch_readable:* (read).
 -- ARGV: host.
 -- Returns the record of each.
 local answer = {}

@@ -27,7 +27,8 @@ local function record(epoch)
     return nil
   end
   return { fields, redis.call('SMEMBERS', arrived_key(epoch, 'prepared')),
-    redis.call('SMEMBERS', arrived_key(epoch, 'frozen')), redis.call('HGETALL', arrived_key(epoch, 'cut')) }
+    redis.call('SMEMBERS', arrived_key(epoch, 'frozen')), redis.call('HGETALL', arrived_key(epoch, 'cut')),
+    redis.call('HGETALL', arrived_key(epoch, 'readable')) }
 end
 
 -- Every host of the epoch hears how it stands now; the leader where it has to act.
@@ -40,7 +41,7 @@ local function tell(epoch)
       'group', f[1], 'number', f[2], 'phase', s[1], 'key', s[2], 'why', s[3], 'left_ms', int(s[4]))
     redis.call('PEXPIRE', news, EPOCH_KEPT_MS)
   end
-  if s[1] == 'taken' or s[1] == 'aborted' then
+  if s[1] == 'taken' or s[1] == 'readable' or s[1] == 'aborted' then
     wake('group:' .. f[1])
   end
 end
@@ -54,11 +55,12 @@ end
 -- Nothing is added to an epoch that is over: its records may go, but not before late participants have asked.
 local function finish_epoch(epoch, phase, ...)
   move(epoch, phase, 'over_ms', int(now_ms), ...)
+  redis.call('SREM', P .. 'epochs_open', epoch)
   for host in string.gmatch(redis.call('HGET', epoch_key(epoch), '_hosts'), '[^\n]+') do
     redis.call('SREM', P .. 'epochs_on:' .. host, epoch)
   end
   for _, key in ipairs({ epoch_key(epoch), vms_key(epoch), arrived_key(epoch, 'prepared'),
-      arrived_key(epoch, 'frozen'), arrived_key(epoch, 'cut') }) do
+      arrived_key(epoch, 'frozen'), arrived_key(epoch, 'cut'), arrived_key(epoch, 'readable') }) do
     redis.call('PEXPIRE', key, EPOCH_KEPT_MS)
   end
 end
@@ -69,19 +71,20 @@ local function abort_epoch(epoch, why)
   finish_epoch(epoch, 'aborted', 'key', key == 'open' and 'abort' or key, 'why', why)
 end
 
+-- Of these the arrivals are kept with their facts, in a hash; of others in a set.
+local HAS_FACTS = { cut = true, readable = true }
+
 local function has_arrived(epoch, arrival, vm)
-  return redis.call(arrival == 'cut' and 'HEXISTS' or 'SISMEMBER', arrived_key(epoch, arrival), vm) == 1
+  return redis.call(HAS_FACTS[arrival] and 'HEXISTS' or 'SISMEMBER', arrived_key(epoch, arrival), vm) == 1
 end
 
 -- Abort if the time of this phase is over: the only place where a clock decides anything.
 local function time_out(epoch)
-  local f = redis.call('HMGET', epoch_key(epoch), 'phase', 'prepare_by_ms', 'freeze_by_ms')
-  local arrival
-  if f[1] == 'preparing' and now_ms >= tonumber(f[2]) then
-    arrival = 'prepared'
-  elseif f[1] == 'freezing' and now_ms >= tonumber(f[3]) then
-    arrival = 'frozen'
-  else
+  local f = redis.call('HMGET', epoch_key(epoch), 'phase', 'prepare_by_ms', 'freeze_by_ms', 'hold_by_ms')
+  local AWAITED = { preparing = 'prepared', freezing = 'frozen', cutting = 'cut', taken = 'readable' }
+  local ENDS = { preparing = f[2], freezing = f[3], cutting = f[4], taken = f[4] }
+  local arrival = AWAITED[f[1]]
+  if not arrival or now_ms < tonumber(ENDS[f[1]]) then
     return
   end
   local missing = {}
