@@ -18,17 +18,17 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
 from coordinator.model.errors import DiskIOError, FlushpointError
-from coordinator.model.extent import Extent, Status, merge_adjacent
+from coordinator.model.extent import BLOCK_BYTES, Extent, Status, merge_adjacent, split_extents
 from workers.failpoint import pass_point
-from workers.mover.lease import Lease
+from workers.mover.lease import Halt, Lease
 from workers.mover.rate import RateLimit
 from workers.nbd.connection import Connection, connect
 from workers.nbd.endpoint import Endpoint
@@ -50,6 +50,7 @@ _ZERO_HEAD = bytes(PEEK_BYTES)
 log = structlog.get_logger(__name__)
 
 Ranges = Iterable[tuple[int, int]]
+Halted = Callable[[], Halt | None]
 
 
 def starts_with_zeroes(head: bytes) -> bool:
@@ -60,8 +61,9 @@ def starts_with_zeroes(head: bytes) -> bool:
 class FastPath(Protocol):
     """One pair of open disks. Not thread-safe."""
 
-    def copy(self, ranges: Ranges) -> Spliced:
-        """Copy ranges of at most RANGE_BYTES, all that are handed out. DiskIOError: none of it counts."""
+    def copy(self, ranges: Ranges, halted: Halted) -> Spliced:
+        """Copy ranges of at most RANGE_BYTES, all that are handed out. Who has much on the way at once asks `halted` in
+        between, and leaves the rest. DiskIOError: none of it counts."""
 
     def flush(self) -> None:
         """Writes that were not made through the target itself are durable when it returns."""
@@ -108,7 +110,7 @@ class NbdToNbd:
     incoming: Connection
     outgoing: Connection
 
-    def copy(self, ranges: Ranges) -> Spliced:
+    def copy(self, ranges: Ranges, halted: Halted) -> Spliced:
         return splice_to_nbd(self.incoming, self.outgoing, ranges, depth=SPLICE_DEPTH, leave=starts_with_zeroes)
 
     def flush(self) -> None:
@@ -128,7 +130,7 @@ class NbdToFile:
     incoming: Connection
     fd: int
 
-    def copy(self, ranges: Ranges) -> Spliced:
+    def copy(self, ranges: Ranges, halted: Halted) -> Spliced:
         return splice_to_file(self.incoming, self.fd, ranges, depth=SPLICE_DEPTH, leave=starts_with_zeroes)
 
     def flush(self) -> None:
@@ -146,7 +148,7 @@ class FileToFile:
     from_fd: int
     to_fd: int
 
-    def copy(self, ranges: Ranges) -> Spliced:
+    def copy(self, ranges: Ranges, halted: Halted) -> Spliced:
         done = Spliced()
         for offset, length in ranges:
             if starts_with_zeroes(self._peek(offset, length)):
@@ -195,7 +197,7 @@ class PointToDisk:
         self._side_by_side = FIRST_STREAMS
         self._threads = ThreadPoolExecutor(MOST_STREAMS, thread_name_prefix="stream")
 
-    def copy(self, ranges: Ranges) -> Spliced:
+    def copy(self, ranges: Ranges, halted: Halted) -> Spliced:
         done = Spliced()
         begun_s, cpu_s = time.monotonic(), time.process_time()
         flying: deque[Future[Spliced]] = deque()
@@ -209,10 +211,11 @@ class PointToDisk:
             for batch in self._batches(ranges):
                 while len(flying) >= self._side_by_side:
                     land()
-                flying.append(self._threads.submit(self._stream, batch))
-        finally:
-            while flying:  # whatever happened: nobody writes any more when this returns
+                flying.append(self._threads.submit(self._stream, batch, halted))
+            while flying:
                 land()
+        finally:
+            wait(flying)  # whatever happened: nobody writes any more when this returns
         done.left.sort()
         if done.copied >= STREAM_BYTES / MOST_STREAMS:
             self._adapt((time.process_time() - cpu_s) / (time.monotonic() - begun_s))
@@ -222,7 +225,7 @@ class PointToDisk:
         """All was written through the target itself."""
 
     def abort(self) -> None:
-        """Every request to a store is bounded by itself."""
+        """The lease that says so is asked before every piece."""
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
@@ -242,13 +245,29 @@ class PointToDisk:
         if batch:
             yield batch
 
-    def _stream(self, batch: list[tuple[int, int]]) -> Spliced:
-        """A stream that fails leaves all of its batch to the engine."""
+    def _stream(self, batch: list[tuple[int, int]], halted: Halted) -> Spliced:
+        """What a stream that fails or is halted has not written is left to the engine, which starts nothing after a
+        halt. Before a pause something is written of every batch, or a slow job would get nowhere."""
+        written: set[int] = set()
+
+        def write(offset: int, data: memoryview) -> None:
+            halt = halted()
+            if halt in (Halt.LOST, Halt.ABORT) or (halt is Halt.YIELD and written):
+                raise _HaltedError("the mover is to stop")
+            pass_point("between-read-and-write")
+            self._target.write(offset, data)
+            written.update(range(offset // BLOCK_BYTES, -(-(offset + len(data)) // BLOCK_BYTES)))
+
         try:
-            left = self._source.stream(batch, self._write)
+            left = self._source.stream(batch, write)
         except FlushpointError as error:
-            log.info("a stream failed", error=str(error))
-            return Spliced(left=batch)
+            if not isinstance(error, _HaltedError):
+                log.info("a stream failed", error=str(error))
+            left = [
+                (extent.offset, extent.length)
+                for extent in split_extents((Extent(at, length, Status.DATA) for at, length in batch), BLOCK_BYTES)
+                if extent.offset // BLOCK_BYTES not in written
+            ]
         return Spliced(sum(length for _, length in batch) - sum(length for _, length in left), left)
 
     def _adapt(self, busy: float) -> None:
@@ -258,9 +277,9 @@ class PointToDisk:
         elif busy > HARDLY_WAITS:
             self._side_by_side = max(1, self._side_by_side // 2)
 
-    def _write(self, offset: int, data: memoryview) -> None:
-        pass_point("between-read-and-write")
-        self._target.write(offset, data)
+
+class _HaltedError(FlushpointError):
+    """Nothing is written any more."""
 
 
 def _failed(error: OSError, offset: int, length: int) -> DiskIOError:
@@ -313,6 +332,6 @@ def copy_fast(path: FastPath, extents: list[Extent], lease: Lease, rate: RateLim
     Starts nothing after a halt of the lease or monotonic time `ends_at`. DiskIOError: nothing of it counts.
     """
     feed = _Feed(extents, rate, lease, ends_at)
-    done = path.copy(feed.ranges())
+    done = path.copy(feed.ranges(), lambda: lease.halt)
     left = merge_adjacent(Extent(offset, length, Status.DATA) for offset, length in done.left)
     return CopiedFast(done.copied, list(left), feed.rest)

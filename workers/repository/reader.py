@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
@@ -263,13 +264,16 @@ class PointDisk:
                 write(offset, data)
 
     def _stretches(self, piece: list[tuple[int, Run]], stored: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """Neighbouring blocks as one. Those that are stored as they are, one behind the other, are not copied."""
+        """Neighbouring blocks as one, up to PIECE_BLOCKS. Those that are stored as they are, one behind the other, are
+        not copied. All of them are checked before the first is handed out; one that many share is opened once."""
         start = piece[0][1].offset
-        made = sorted(
-            (number, run, self._fetcher.block(stored[run.offset - start :][: run.length], run, self._length_of(number)))
-            for number, run in piece
-        )
-        for _, group in groupby(enumerate(made), key=lambda item: item[1][0] - item[0]):
+        opened: dict[int, Buffer] = {}
+        for number, run in piece:
+            if run.offset not in opened:
+                there = stored[run.offset - start :][: run.length]
+                opened[run.offset] = self._fetcher.block(there, run, self._length_of(number))
+        made = [(number, run, opened[run.offset]) for number, run in sorted(piece, key=itemgetter(0))]
+        for _, group in groupby(enumerate(made), key=lambda item: (item[1][0] - item[0], item[0] // PIECE_BLOCKS)):
             blocks = [item for _, item in group]
             first, last = blocks[0][1], blocks[-1][1]
             in_place = all(run.raw and isinstance(block, memoryview) for _, run, block in blocks)

@@ -15,11 +15,12 @@ from coordinator.model.errors import DiskIOError
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
 from coordinator.model.job import Sync
 from coordinator.model.repository_uri import parse_repository
-from tests.repositories import DISK, BytesSource, backup, make_repository, publish_epoch, streamed, write_epoch
+from tests.repositories import DISK, BytesSource, backup, make_repository, publish_epoch, write_epoch
 from workers.access import Access
 from workers.mover.fastpath import FIRST_STREAMS, MOST_STREAMS, RANGE_BYTES, PointToDisk, open_fast_path
+from workers.mover.lease import Halt
 from workers.repository.index import SqliteIndex
-from workers.repository.reader import STREAM_BLOCKS
+from workers.repository.reader import PIECE_BLOCKS, Fetcher
 from workers.repository.store.contract import ReadNext
 from workers.repository.store.local import LocalStore
 from workers.sources.repository import RepositorySource
@@ -73,6 +74,10 @@ def source(where: Path) -> Iterator[RepositorySource]:
         yield opened
 
 
+def on() -> Halt | None:
+    return None
+
+
 def ranges(source: RepositorySource) -> Iterator[tuple[int, int]]:
     for extent in source.extents(0, source.size):
         if extent.status is Status.DATA:
@@ -83,7 +88,7 @@ def ranges(source: RepositorySource) -> Iterator[tuple[int, int]]:
 def test_all_that_lies_side_by_side_is_streamed_and_the_rest_left(source: RepositorySource, disk: bytes) -> None:
     target = Memory(source.size)
     with closing(PointToDisk(source, target)) as path:
-        done = path.copy(ranges(source))
+        done = path.copy(ranges(source), on)
     assert done.copied + sum(length for _, length in done.left) == sum(length for _, length in ranges(source))
     assert {offset for offset, _ in done.left} == {n * SEGMENT_BYTES for n in range(3, SEGMENTS, 2)}
     for offset, length in done.left:
@@ -100,7 +105,7 @@ def test_a_restore_to_anything_has_a_fast_path(source: RepositorySource) -> None
 
 @pytest.mark.parametrize("target_fails", [False, True])
 def test_a_stream_that_fails_leaves_its_ranges_to_the_engine(
-    source: RepositorySource, where: Path, target_fails: bool
+    source: RepositorySource, where: Path, disk: bytes, target_fails: bool
 ) -> None:
     target = Memory(source.size)
     if target_fails:
@@ -115,14 +120,38 @@ def test_a_stream_that_fails_leaves_its_ranges_to_the_engine(
             whole[200_000] ^= 1
             pack.write_bytes(whole)
     with closing(PointToDisk(source, target)) as path:
-        done = path.copy(iter([(0, SEGMENT_BYTES)]))
-    assert (done.copied, done.left) == (0, [(0, SEGMENT_BYTES)])
+        done = path.copy(iter([(0, SEGMENT_BYTES)]), on)
+    assert done.copied + sum(length for _, length in done.left) == SEGMENT_BYTES
+    if target_fails:
+        assert done.copied == 0
+    else:  # what came before the damaged run was written, and counts
+        assert done.left[0][0] < SEGMENT_BYTES
+        assert target.data[: done.left[0][0]] == disk[: done.left[0][0]]
+        assert not any(any(target.data[offset : offset + length]) for offset, length in done.left)
+
+
+@pytest.mark.parametrize("halt", list(Halt))
+def test_a_halt_is_felt_before_the_next_piece(source: RepositorySource, disk: bytes, halt: Halt) -> None:
+    """Of a pause each batch that was begun writes one piece more, so that there is progress however low the speed."""
+    asked: list[Halt | None] = []
+
+    def halted() -> Halt | None:
+        asked.append(halt if len(asked) >= 3 else None)
+        return asked[-1]
+
+    target = Memory(source.size)
+    with closing(PointToDisk(source, target)) as path:
+        done = path.copy(ranges(source), halted)
+    assert 0 < done.copied <= (3 + (MOST_STREAMS if halt is Halt.YIELD else 0)) * RANGE_BYTES
+    assert done.copied + sum(length for _, length in done.left) == sum(length for _, length in ranges(source))
+    for offset, length in done.left:
+        assert not any(target.data[offset : offset + length])
 
 
 def test_a_range_of_parts_of_blocks_is_left_at_its_ends(source: RepositorySource, disk: bytes) -> None:
     target = Memory(source.size)
     with closing(PointToDisk(source, target)) as path:
-        done = path.copy(iter([(2 * SEGMENT_BYTES + 100, 40 * BLOCK_BYTES)]))
+        done = path.copy(iter([(2 * SEGMENT_BYTES + 100, 40 * BLOCK_BYTES)]), on)
     ends = [(2 * SEGMENT_BYTES + 100, BLOCK_BYTES - 100), (2 * SEGMENT_BYTES + 40 * BLOCK_BYTES, 100)]
     assert [left for left in done.left if left[1] != BLOCK_BYTES] == ends
     inner = slice(2 * SEGMENT_BYTES + BLOCK_BYTES, 2 * SEGMENT_BYTES + 2 * BLOCK_BYTES)
@@ -145,24 +174,46 @@ def test_who_waits_for_the_store_opens_more_streams(source: RepositorySource, mo
 
     monkeypatch.setattr(LocalStore, "stream_range", slow)
     with closing(PointToDisk(source, Memory(source.size))) as path:
-        path.copy(ranges(source))
+        path.copy(ranges(source), on)
         assert 1 < most <= FIRST_STREAMS
-        path.copy(ranges(source))
+        path.copy(ranges(source), on)
     assert FIRST_STREAMS < most <= MOST_STREAMS
 
 
-@pytest.mark.parametrize("shrinks", [False, True])
-def test_blocks_that_share_what_is_stored_are_all_written(tmp_path: Path, shrinks: bool) -> None:
-    """A segment holds the blocks of another, each three times and in the wrong order: none of it is stored again."""
+@pytest.mark.parametrize("kept", [100, BLOCK_BYTES], ids=["shrinks", "does not"])
+@pytest.mark.parametrize("times", [2, 3])
+def test_blocks_that_share_what_is_stored_are_all_written(tmp_path: Path, kept: int, times: int) -> None:
+    """A segment holds the blocks of another, several times and in the wrong order: none of it is stored again."""
     noise = random.Random(2)
-    kept = 100 if shrinks else BLOCK_BYTES
     blocks = [noise.randbytes(kept).ljust(BLOCK_BYTES, b"a") for _ in range(SEGMENT_BYTES // BLOCK_BYTES)]
     first = b"".join(blocks)
-    data = first + b"".join(block * 3 for block in reversed(blocks[:42]))
+    data = first + b"".join(block * times for block in reversed(blocks[: len(blocks) // times]))
     with make_repository(tmp_path / "r") as repository:
         with closing(SqliteIndex(tmp_path / "index", frozenset(), lambda pack: True)) as index:
             publish_epoch(repository, write_epoch(repository, "first", BytesSource(first), "full", index=index))
             written = write_epoch(repository, "g", BytesSource(data), "full", index=index)
             assert written.sent == 0
             point = publish_epoch(repository, written)
-        assert streamed(repository.disk(point, DISK), STREAM_BLOCKS) == data
+        target = Memory(len(data))
+        assert repository.disk(point, DISK).stream([(0, len(data))], target.write) == []
+        assert target.data == data
+
+
+def test_a_block_that_fills_a_disk_is_opened_once_and_written_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"\xff" * 2 * SEGMENT_BYTES
+    with make_repository(tmp_path / "r") as repository:
+        with closing(SqliteIndex(tmp_path / "index", frozenset(), lambda pack: True)) as index:
+            backup(repository, "other", data[:BLOCK_BYTES])
+            publish_epoch(repository, write_epoch(repository, "first", BytesSource(data[:1000]), "full", index=index))
+            written = write_epoch(repository, "one", BytesSource(data[:BLOCK_BYTES]), "full", index=index)
+            publish_epoch(repository, written)
+            point = publish_epoch(repository, write_epoch(repository, "g", BytesSource(data), "full", index=index))
+        opened, block = [], Fetcher.block
+        monkeypatch.setattr(Fetcher, "block", lambda *args: opened.append(args[2]) or block(*args))
+        lengths: list[int] = []
+        assert repository.disk(point, DISK).stream([(0, len(data))], lambda _, piece: lengths.append(len(piece))) == []
+    assert sum(lengths) == len(data)
+    assert max(lengths) == PIECE_BLOCKS * BLOCK_BYTES
+    assert len(opened) == len(set(opened)) == 1

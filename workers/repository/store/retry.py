@@ -71,6 +71,7 @@ class Pace:
         self._under_way = 0
         self._not_before_s = 0.0
         self._changed = threading.Condition()
+        self._own = threading.local()
 
     @property
     def limit(self) -> int:
@@ -79,13 +80,19 @@ class Pace:
 
     @contextmanager
     def turn(self, deadline_s: float) -> Iterator[bool]:
-        """Wait for one's turn; False if it has not come by the deadline (of the clock)."""
+        """Wait for one's turn; False if it has not come by the deadline (of the clock). A request that is made while an
+        answer is being read, by the same thread, belongs to that one's turn: it would wait for itself."""
+        if getattr(self._own, "turn", False):
+            yield True
+            return
         with self._changed:
             mine = self._wait(deadline_s)
             self._under_way += mine
+        self._own.turn = mine
         try:
             yield mine
         finally:
+            self._own.turn = False
             with self._changed:
                 self._under_way -= mine
                 self._changed.notify_all()

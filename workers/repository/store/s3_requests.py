@@ -125,8 +125,9 @@ class S3Requests:
             raise RuntimeError(f"{self.name} was opened in another process")
         try:
             return self._retrier.call(lambda: request(self._client), key, effort or Effort())
-        except RefusedError:
-            self._is_good = False  # the next shall look for other credentials
+        except RefusedError as error:
+            if not isinstance(error, NotFoundError):
+                self._is_good = False  # the next shall look for other credentials
             raise
 
     def where(self, key: str) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(answer.body) if answer.claimed is None else answer.claimed))
+        if "Transfer-Encoding" not in answer.headers:
+            self.send_header("Content-Length", str(len(answer.body) if answer.claimed is None else answer.claimed))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(answer.body)

@@ -17,7 +17,7 @@ import pytest
 from scripted_s3 import OK, Answer, Opener, ScriptedS3, error, refusal_before_the_body
 
 from coordinator.model.errors import RefusedError, UnavailableError
-from workers.repository.store import MissingObjectError, StoreError, s3_upload
+from workers.repository.store import MissingObjectError, StoreError, s3_requests, s3_upload
 from workers.repository.store.s3 import S3Store
 from workers.repository.store.s3_upload import PART_BYTES
 
@@ -364,6 +364,9 @@ def test_a_client_is_used_again_until_it_is_refused_or_circumstances_change(
         return s3.requests[-1].connection
 
     first = connection()
+    s3.will_answer(error(404, "NoSuchKey"))
+    with closing(open_s3(s3)) as other, pytest.raises(MissingObjectError):
+        other.get("k")
     assert connection() == first
     s3.will_answer(error(403, "AccessDenied"))
     with closing(open_s3(s3)) as refused, pytest.raises(RefusedError):
@@ -371,8 +374,39 @@ def test_a_client_is_used_again_until_it_is_refused_or_circumstances_change(
     second = connection()
     assert second != first
     assert connection() == second
+    store, once_more = open_s3(s3), open_s3(s3)
+    for closed in (store, store, once_more):
+        closed.close()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
-    assert connection() not in (first, second)
+    third = connection()
+    assert third not in (first, second)
+    monkeypatch.setattr(s3_requests, "_SPARE_S", 0.0)
+    assert connection() not in (first, second, third), "one that is old has old credentials"
+
+
+def test_a_client_is_one_stores_at_a_time(s3: ScriptedS3, open_s3: Opener) -> None:
+    one = open_s3(s3)
+    one.close()
+    one.close()
+    first, second = open_s3(s3), open_s3(s3)
+    assert first._requests._client is not second._requests._client
+
+
+def test_a_request_within_a_stream_does_not_wait_for_the_streams_turn(
+    s3: ScriptedS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a key that was added since; here a store that lets one request through at a time."""
+    monkeypatch.setattr(store._requests._retrier._pace, "_limit", 1.0)
+    s3.will_answer(Answer(206, body=bytes(100)), Answer(body=b"key"))
+    found: list[bytes] = []
+    store.stream_range("k", 0, 100, lambda read: found.extend([bytes(read(100)), store.get("keys/k")]))
+    assert found == [bytes(100), b"key"]
+    assert store._requests._retrier._pace._under_way == 0
+
+
+def test_an_answer_that_does_not_say_its_length_is_read(s3: ScriptedS3, store: S3Store) -> None:
+    s3.will_answer(Answer(206, {"Transfer-Encoding": "chunked"}, b"64\r\n" + bytes(100) + b"\r\n0\r\n\r\n"))
+    assert store.get_range("k", 0, 100) == bytes(100)
 
 
 def test_a_directory_made_by_a_console_is_not_listed(s3: ScriptedS3, store: S3Store) -> None:

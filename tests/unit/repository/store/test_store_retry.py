@@ -198,8 +198,10 @@ def test_no_more_requests_are_under_way_than_the_limit(pace: Pace) -> None:
 
 def test_who_gets_no_turn_in_time_is_told_so() -> None:
     pace = Pace(1)
-    with pace.turn(time.monotonic() + 10), pytest.raises(UnavailableError, match="lets too few requests through"):
-        Retrier(pace, explain).call(Script(), "k", Effort(patience_s=0.1))
+    with pace.turn(time.monotonic() + 10), ThreadPoolExecutor(1) as other:
+        waiting = other.submit(Retrier(pace, explain).call, Script(), "k", Effort(patience_s=0.1))
+        with pytest.raises(UnavailableError, match="lets too few requests through"):
+            waiting.result()
 
 
 def test_a_turn_is_given_back_by_an_exception(pace: Pace) -> None:
