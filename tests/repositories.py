@@ -148,8 +148,8 @@ def read_point(repository: Repository, group: str, epoch: int = 0) -> bytes:
     return bytes(data)
 
 
-def streamed(disk: PointDisk, fewest_blocks: int = 1) -> bytearray:
-    """All of a disk by streams of at least so many blocks; what they leave, and whatever fails, is read as usual."""
+def streamed(disk: PointDisk) -> bytearray:
+    """All of a disk by streams, however short; what they leave is read as usual, and all of it if a pack is gone."""
     found = bytearray(disk.size)
     view = memoryview(found)
 
@@ -157,7 +157,7 @@ def streamed(disk: PointDisk, fewest_blocks: int = 1) -> bytearray:
         view[offset : offset + len(data)] = data
 
     everything = [(at, min(SEGMENT_BYTES, disk.size - at)) for at in range(0, disk.size, SEGMENT_BYTES)]
-    with mock.patch.object(reader, "STREAM_BLOCKS", fewest_blocks):
+    with mock.patch.object(reader, "STREAM_BLOCKS", 1):
         try:
             left = disk.stream(everything, write)
         except MissingObjectError:  # compaction has moved a pack

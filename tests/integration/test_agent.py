@@ -143,6 +143,12 @@ class Group:
         for host in self.hosts:
             host.guest.wait_until_it_writes()
 
+    def check_that_nothing_is_left(self) -> None:
+        """Of ours in the guests, whose agents are ended for that."""
+        for host in self.hosts:
+            host.end_agent()
+            assert asyncio.run(left_in(host.guest)) == []
+
 
 @pytest.fixture(scope="module")
 def cluster(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[Group]:
@@ -186,9 +192,7 @@ def test_epoch_after_epoch_is_taken_and_nothing_is_left_in_the_guests(group: Gro
     for _ in range(8):
         group.check_an_epoch()
     group.check_that_all_write()
-    for host in group.hosts:
-        host.end_agent()
-        assert asyncio.run(left_in(host.guest)) == []
+    group.check_that_nothing_is_left()
 
 
 @pytest.mark.parametrize("point", BEFORE_CUT)
@@ -211,9 +215,7 @@ def test_an_agent_that_is_lost_before_its_cut_aborts_the_epoch_and_harms_nobody(
     assert "follow" in aborted.why
     group.check_that_all_write()
     group.check_an_epoch()
-    for host in group.hosts:
-        host.end_agent()
-        assert asyncio.run(left_in(host.guest)) == []
+    group.check_that_nothing_is_left()
 
 
 def test_an_agent_that_is_killed_while_it_stages_leaves_nothing_once_it_is_started_again(group: Group) -> None:
@@ -227,9 +229,7 @@ def test_an_agent_that_is_killed_while_it_stages_leaves_nothing_once_it_is_start
     second.start_agent()
     assert group.wait_for(Phase.ABORTED).why == "follow: its agent was started again"
     group.check_an_epoch()
-    for host in group.hosts:
-        host.end_agent()
-        assert asyncio.run(left_in(host.guest)) == []
+    group.check_that_nothing_is_left()
 
 
 def test_what_was_staged_outlives_its_agent(group: Group) -> None:
@@ -255,7 +255,7 @@ def test_what_was_staged_outlives_its_agent(group: Group) -> None:
 
 
 def test_a_disk_that_cannot_be_staged_ends_the_epoch_at_once(group: Group) -> None:
-    first, second = group.hosts
+    _, second = group.hosts
     group.check_an_epoch()
     place = second.scratch / f"{GROUP}@{group.now().number + 1}"
     place.write_text("in the way")
@@ -265,9 +265,7 @@ def test_a_disk_that_cannot_be_staged_ends_the_epoch_at_once(group: Group) -> No
     place.unlink()
     group.check_that_all_write()
     group.check_an_epoch()
-    for host in (first, second):
-        host.end_agent()
-        assert asyncio.run(left_in(host.guest)) == []
+    group.check_that_nothing_is_left()
 
 
 def test_a_view_that_is_held_too_long_is_taken_away(group: Group) -> None:
@@ -284,6 +282,4 @@ def test_a_view_that_is_held_too_long_is_taken_away(group: Group) -> None:
     group.check_that_all_write()
     wait_until(lambda: not any(host.staged(epoch).parent.parent.exists() for host in group.hosts), "its end", STEP_S)
     group.check_an_epoch()
-    for host in group.hosts:
-        host.end_agent()
-        assert asyncio.run(left_in(host.guest)) == []
+    group.check_that_nothing_is_left()

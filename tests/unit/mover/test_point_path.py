@@ -40,6 +40,11 @@ class Memory(NoTarget):
         self.data[offset : offset + len(data)] = data
 
 
+class Full(Memory):
+    def write(self, offset: int, data: memoryview) -> None:
+        raise DiskIOError("no room")
+
+
 @pytest.fixture(scope="module")
 def disk() -> bytes:
     """Data that does not shrink, data that does, equal blocks, zeroes, and an end in mid-block."""
@@ -107,14 +112,8 @@ def test_a_restore_to_anything_has_a_fast_path(source: RepositorySource) -> None
 def test_a_stream_that_fails_leaves_its_ranges_to_the_engine(
     source: RepositorySource, where: Path, disk: bytes, target_fails: bool
 ) -> None:
-    target = Memory(source.size)
-    if target_fails:
-
-        def refuse(offset: int, data: memoryview) -> None:
-            raise DiskIOError("no room")
-
-        target.write = refuse  # type: ignore[method-assign]
-    else:
+    target = Full(source.size) if target_fails else Memory(source.size)
+    if not target_fails:
         for pack in (where / "packs").iterdir():
             whole = bytearray(pack.read_bytes())
             whole[200_000] ^= 1
@@ -167,7 +166,7 @@ def test_who_waits_for_the_store_opens_more_streams(source: RepositorySource, mo
         with lock:
             now += 1
             most = max(most, now)
-        time.sleep(0.2)
+        time.sleep(0.2)  # what is tried is that a process which waits is seen to
         whole(store, key, offset, length, consume)
         with lock:
             now -= 1
@@ -205,10 +204,8 @@ def test_a_block_that_fills_a_disk_is_opened_once_and_written_in_pieces(
     data = b"\xff" * 2 * SEGMENT_BYTES
     with make_repository(tmp_path / "r") as repository:
         with closing(SqliteIndex(tmp_path / "index", frozenset(), lambda pack: True)) as index:
-            backup(repository, "other", data[:BLOCK_BYTES])
-            publish_epoch(repository, write_epoch(repository, "first", BytesSource(data[:1000]), "full", index=index))
-            written = write_epoch(repository, "one", BytesSource(data[:BLOCK_BYTES]), "full", index=index)
-            publish_epoch(repository, written)
+            one = BytesSource(data[:BLOCK_BYTES])
+            publish_epoch(repository, write_epoch(repository, "one", one, "full", index=index))
             point = publish_epoch(repository, write_epoch(repository, "g", BytesSource(data), "full", index=index))
         opened, block = [], Fetcher.block
         monkeypatch.setattr(Fetcher, "block", lambda *args: opened.append(args[2]) or block(*args))
