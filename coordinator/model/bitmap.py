@@ -35,6 +35,9 @@ class Rotation:
     add: str
     disable: tuple[str, ...]
     """Those of this group that record until the cut."""
+    remove: tuple[str, ...]
+    """The parent's, if contents have to be compared: or it would look, together with the one that is added, as if it
+    had recorded all the time, should this epoch be aborted."""
     changed: tuple[str, ...]
     """All together they name what was written between the cut of the parent and this one."""
     compare: str
@@ -57,7 +60,6 @@ def epoch_of(repository: str, group: str, name: str) -> int | None:
 def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int, epoch: int) -> Rotation:
     """At the cut of `epoch`, whose parent is the point `parent` (0: there is none)."""
     ours = {number: b for b in bitmaps if (number := epoch_of(repository, group, b.name)) is not None}
-    recording = tuple(b.name for _, b in sorted(ours.items()) if b.is_recording)
     since = {number: b for number, b in ours.items() if parent <= number < epoch}
     newest = max(since, default=0)
     compare = ""
@@ -70,7 +72,9 @@ def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int
     elif not since[newest].is_recording:
         compare = "the bitmap was not recording, so that writes may be missing"
     changed = tuple(since[number].name for number in sorted(since)) if not compare else ()
-    return Rotation(name_of(repository, group, epoch), recording, changed, compare)
+    remove = (ours[parent].name,) if compare and parent in ours else ()
+    disable = tuple(b.name for _, b in sorted(ours.items()) if b.is_recording and b.name not in remove)
+    return Rotation(name_of(repository, group, epoch), disable, remove, changed, compare)
 
 
 def leftovers(bitmaps: Iterable[Tracking], repository: str, group: str, newest_point: int) -> tuple[str, ...]:

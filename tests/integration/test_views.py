@@ -122,6 +122,23 @@ def test_what_is_staged_is_what_the_disks_held_at_the_cut(guest: LiveGuest, tmpf
     asyncio.run(check())
 
 
+def test_a_bitmap_that_somebody_stopped_is_not_believed_until_the_next_point(
+    guest: LiveGuest, tmpfs_path: Path
+) -> None:
+    async def check() -> None:
+        async with monitored(guest, tmpfs_path) as vm:
+            for point, epoch, reads_bitmaps in ((0, 1, False), (1, 2, False), (1, 3, False), (3, 4, True)):
+                parts, _ = await cut(vm, guest, tmpfs_path, "stopped", point, epoch)
+                for part in parts:
+                    assert (part.rotation.changed != ()) == reads_bitmaps, epoch
+                    await remove(vm.monitor, part.view)
+                    if epoch == 1:
+                        arguments = {"node": part.view.disk.node, "name": part.rotation.add}
+                        await vm.monitor.execute("block-dirty-bitmap-disable", arguments)
+
+    asyncio.run(check())
+
+
 def test_what_bitmaps_name_is_all_that_changed_also_over_aborted_epochs(guest: LiveGuest, tmpfs_path: Path) -> None:
     """Of every third epoch nothing is read, as if it had been aborted."""
     copies = [tmpfs_path / f"{disk.name}.copy" for disk in guest.disks]

@@ -140,4 +140,6 @@ def _actions(parts: Sequence[Part]) -> list[dict[str, object]]:
         actions.append({"type": "block-dirty-bitmap-add", "data": new})
         olds = [{"node": disk.node, "name": name} for name in rotation.disable]
         actions += [{"type": "block-dirty-bitmap-disable", "data": old} for old in olds]
+        broken = [{"node": disk.node, "name": name} for name in rotation.remove]
+        actions += [{"type": "block-dirty-bitmap-remove", "data": old} for old in broken]
     return actions

@@ -47,6 +47,8 @@ class Disk(RuleBasedStateMachine):
         for name in rotation.disable:
             assert self.bitmaps[name].is_usable, "QEMU refuses to disable an inconsistent one"
             self.bitmaps[name].is_recording = False
+        for name in rotation.remove:
+            del self.bitmaps[name]
         self.bitmaps[rotation.add] = Bitmap()
         named = set().union(*(self.bitmaps[name].blocks for name in rotation.changed))
         assert rotation.compare or self.written <= named
@@ -100,6 +102,14 @@ def test_after_a_published_epoch_its_own_bitmap_is_all_there_is_to_read() -> Non
 def test_after_aborted_epochs_all_their_bitmaps_are_read_together() -> None:
     found = [tracking(7, is_recording=False), tracking(8, is_recording=False), tracking(9)]
     assert [epoch_of(REPOSITORY, GROUP, n) for n in rotate(found, REPOSITORY, GROUP, 7, 10).changed] == [7, 8, 9]
+
+
+def test_a_bitmap_that_did_not_record_all_the_time_is_not_believed_after_an_aborted_epoch_neither() -> None:
+    """Bitmap 7 was stopped by somebody; the cut of 8 adds one that records, and 8 is aborted."""
+    stopped = rotate([tracking(7, is_recording=False)], REPOSITORY, GROUP, 7, 8)
+    assert (stopped.remove, stopped.changed) == ((name_of(REPOSITORY, GROUP, 7),), ())
+    assert rotate([tracking(8)], REPOSITORY, GROUP, 7, 9).compare == "no bitmap records what was written since point 7"
+    assert rotate([tracking(8)], REPOSITORY, GROUP, 8, 9).compare == "", "published, it begins anew"
 
 
 def test_bitmaps_of_others_mean_nothing() -> None:
