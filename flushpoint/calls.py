@@ -23,9 +23,10 @@ from coordinator.model.errors import (
     UnavailableError,
     UsageError,
 )
+from coordinator.model.group import GroupSpec
 from coordinator.model.job import JobSpec, State, Verb
 from coordinator.model.point import PointRecord, RepositoryRecord
-from coordinator.model.view import JobView
+from coordinator.model.view import CheckpointView, GroupView, JobView
 
 T = TypeVar("T")
 
@@ -61,6 +62,10 @@ class RepositoryList(BaseModel):
 class PointPage(BaseModel):
     points: list[PointRecord]
     next: int | None
+
+
+class GroupList(BaseModel):
+    groups: list[GroupView]
 
 
 class Health(BaseModel):
@@ -104,7 +109,10 @@ _JOBS = TypeAdapter(JobPage).validate_json
 _EVENTS = TypeAdapter(EventPage).validate_json
 _POINTS = TypeAdapter(PointPage).validate_json
 _REPOSITORIES = TypeAdapter(RepositoryList).validate_json
-_GROUPS = TypeAdapter(dict[str, int]).validate_json
+_POINT_GROUPS = TypeAdapter(dict[str, int]).validate_json
+_GROUP = TypeAdapter(GroupView).validate_json
+_GROUP_LIST = TypeAdapter(GroupList).validate_json
+_CHECKPOINT = TypeAdapter(CheckpointView).validate_json
 _HEALTH = TypeAdapter(Health).validate_json
 
 
@@ -177,9 +185,9 @@ def repositories() -> Call[RepositoryList]:
     return _get("/v1/repositories", _REPOSITORIES)
 
 
-def groups(repository: str) -> Call[dict[str, int]]:
+def point_groups(repository: str) -> Call[dict[str, int]]:
     """The groups of a repository, by its id, and how many recovery points of each the ledger remembers."""
-    return _get(f"/v1/repositories/{quote(repository, safe='')}/groups", _GROUPS)
+    return _get(f"/v1/repositories/{quote(repository, safe='')}/groups", _POINT_GROUPS)
 
 
 def points(repository: str, group: str, *, after: int = 0) -> Conversation[PointRecord]:
@@ -195,6 +203,43 @@ def points(repository: str, group: str, *, after: int = 0) -> Conversation[Point
         if page.next is None:
             return
         after = page.next
+
+
+def apply_group(name: str, spec: GroupSpec) -> Call[GroupView]:
+    """Make a consistency group, or change it from its next round on."""
+    return Call("PUT", _group_path(name), _GROUP, body=spec.model_dump_json().encode(), repeatable=True)
+
+
+def group(name: str) -> Call[GroupView]:
+    """One group; NotFoundError if there is none of this name."""
+    return _get(_group_path(name), _GROUP)
+
+
+def groups() -> Call[GroupList]:
+    """All groups, by name."""
+    return _get("/v1/groups", _GROUP_LIST)
+
+
+def remove_group(name: str) -> Call[None]:
+    """Forget a group; its recovery points stay."""
+    return Call("DELETE", _group_path(name), _nothing)
+
+
+def ask_for_checkpoint(name: str, idempotency_key: str = "") -> Call[CheckpointView]:
+    """Ask for a recovery point of a group that is cut after this call; see `checkpoint`, which waits for it."""
+    key = idempotency_key or str(uuid.uuid4())
+    headers = {"Idempotency-Key": key}
+    return Call("POST", f"{_group_path(name)}/checkpoints", _CHECKPOINT, headers=headers, body=b"{}", repeatable=True)
+
+
+def checkpoint(name: str, request: str) -> Conversation[CheckpointView]:
+    """What became of a checkpoint that was asked for, once it is over."""
+    path = f"{_group_path(name)}/checkpoints/{quote(request, safe='')}"
+    while True:
+        found: CheckpointView = yield _get(path, _CHECKPOINT, {"wait": f"{POLL_S:g}"}, POLL_S)
+        if found.is_over:
+            yield Item(found)
+            return
 
 
 def events(*, after: str = "0", job: str = "", follow: bool = False) -> Conversation[Event]:
@@ -282,6 +327,10 @@ _KINDS: dict[str, type[FlushpointError]] = {
 
 def _job_path(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _group_path(name: str) -> str:
+    return f"/v1/groups/{quote(name, safe='')}"
 
 
 def _get(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.api import problems
 from coordinator.api.feed import EventFeed
+from coordinator.api.groups import add_groups
 from coordinator.ledger.contract import ConflictError, Ledger, NewEvent, Versioned
 from coordinator.model.errors import RefusedError, UsageError
 from coordinator.model.job import JobRecord, JobSpec, State, Verb
@@ -100,6 +101,8 @@ def make_api(ledger: Ledger, leads: Callable[[], bool], feed: EventFeed) -> Fast
 
     @app.post("/v1/jobs", status_code=201)
     def submit(spec: JobSpec, idempotency_key: Annotated[str, Header(max_length=255)] = "") -> JobView:
+        if spec.group:
+            raise RefusedError(f"this is a job of group {spec.group}", "ask for a checkpoint of the group instead")
         for name in (spec.source, spec.target) if spec.task is None else ():
             parse(name)
         if spec.task is None and spec.source == spec.target:
@@ -141,13 +144,15 @@ def make_api(ledger: Ledger, leads: Callable[[], bool], feed: EventFeed) -> Fast
             return shown(ledger.job(job_id))
         raise ConflictError(f"job {job_id} changes too fast to {verb}", "try again")
 
+    add_groups(app, ledger, feed)
+
     @app.get("/v1/repositories")
     def repositories() -> RepositoryList:
         """Those of which the ledger remembers something. A scan task teaches it the rest."""
         return RepositoryList(repositories=ledger.repositories())
 
     @app.get("/v1/repositories/{repository}/groups")
-    def groups(repository: str) -> dict[str, int]:
+    def point_groups(repository: str) -> dict[str, int]:
         """How many recovery points of each group are remembered."""
         return ledger.point_groups(repository)
 

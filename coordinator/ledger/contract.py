@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from coordinator.model.epoch import Epoch, EpochSpec
 from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.events import EventName
+from coordinator.model.group import GroupRecord
 from coordinator.model.job import Event, JobRecord, JobSpec
 from coordinator.model.point import PointRecord, RepositoryRecord
 from coordinator.model.units import Claim, Directive, PlannedUnit, QuarantinedUnit, UnitKind
@@ -32,7 +33,7 @@ class LedgerUnavailableError(UnavailableError):
 
 
 class ConflictError(FlushpointError):
-    """The job changed since it was read; read it again and decide anew."""
+    """The job or group changed since it was read; read it again and decide anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,11 @@ class Ledger(Protocol):
         the next leader has adopted the server's run, for which nobody has to wait then."""
 
     # -- jobs -------------------------------------------------------------------------------------------------
-    def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "") -> JobRecord:
+    def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "", term: Term | None = None) -> JobRecord:
         """Create the job (state created, with its JOB_STATUS_CHANGE) and wake the leader. The same id, or the same
         non-empty idempotency key with an equal spec, returns the job that exists; with another spec it raises
-        RefusedError. The record is flushed to the AOF before this returns where the server can (WAITAOF)."""
+        RefusedError. The record is flushed to the AOF before this returns where the server can (WAITAOF); not with a
+        `term` (DeposedError unless current), for the control loop makes what it misses once more."""
 
     def job(self, job_id: str) -> Versioned:
         """NotFoundError if there is none."""
@@ -313,6 +315,24 @@ class Ledger(Protocol):
 
     def points(self, repository: str, group: str, *, after: int = 0, limit: int = 100) -> list[PointRecord]:
         """Of the group, with epochs greater than `after`, ascending."""
+
+    # -- groups ---------------------------------------------------------------------------------------------
+
+    def put_group(
+        self, group: GroupRecord, *, events: Sequence[NewEvent] = (), term: Term | None = None
+    ) -> GroupRecord:
+        """Record a group as it is to be from now on, if the ledger has it in `group.version` (0: not at all), else
+        ConflictError; the events are appended and the leader is woken. As it is recorded, with its new version. `term`
+        given: DeposedError unless current. Flushed to the AOF, or not, as by `submit`."""
+
+    def group(self, name: str) -> GroupRecord:
+        """NotFoundError if there is none."""
+
+    def groups(self) -> list[GroupRecord]:
+        """All, by name."""
+
+    def remove_group(self, name: str, version: int) -> None:
+        """Forget a group, not its points. ConflictError, NotFoundError."""
 
     # -- epochs of groups -----------------------------------------------------------------------------------
     # The coordinator's part; that of the agents is in barrier.py. What each step does is said in model/epoch.py. The

@@ -55,6 +55,10 @@ epochs:REPO:GROUP   zset    epochs by themselves                                
 recorded:REPO       zset    GROUP@EPOCH by the mark of its recording                               points' scripts
 forgotten:REPO      zset    GROUP@EPOCH by the mark of its being forgotten; the last 10,000        points' scripts
 told:REPO           set     GROUP@EPOCH of which there was a RECOVERY_POINT                        points' scripts
+group:GROUP         hash    record (a GroupRecord as JSON), version                                put_group,
+                                                                                                   remove_group
+group_names         set     of all groups                                                          put_group,
+                                                                                                   remove_group
 mark                string  the last mark: µs, or one more than the one before                     points' scripts
 epoch_numbers       hash    group: the number of its newest epoch; for ever                        epochs/open
 epoch:GROUP@NUMBER  hash    a field per field of Epoch but its arrivals (spec as JSON), _hosts     scripts/epochs
@@ -70,7 +74,8 @@ epoch_news:HOST     stream  group, number, phase, key, why, left_ms of epochs wi
                             the host; about the last 1000, for an hour
 events              stream  event, job, time (s), data (JSON); about the last 100,000              submit, update,
                                                                                                    dismiss, release,
-                                                                                                   record_points
+                                                                                                   record_points,
+                                                                                                   put_group
 probe               string  written by ping, to learn whether the server takes writes; 1 s         ping
 ==================  ======  =====================================================================  ==================
 """
@@ -117,6 +122,9 @@ class Keys:
 
     def epoch_news(self, host: str) -> str:
         return f"{self.prefix}epoch_news:{host}"
+
+    def group(self, name: str) -> str:
+        return f"{self.prefix}group:{name}"
 
     def job(self, job_id: str) -> str:
         return f"{self.prefix}job:{job_id}"

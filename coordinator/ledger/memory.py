@@ -15,6 +15,7 @@ from typing import Any
 
 from coordinator.ledger.contract import Finished, NewEvent, NewUnit, SuspectUnit, Term, Versioned
 from coordinator.ledger.memory_epochs import MemoryEpochs
+from coordinator.ledger.memory_groups import MemoryGroups
 from coordinator.ledger.memory_points import MemoryPoints
 from coordinator.ledger.records import OPENED_FIELDS, RELEASE_FIELDS, UPDATE_FIELDS, checked
 from coordinator.ledger.redis_fleet import FIRST_EVENT_ID, checked_event_id
@@ -110,13 +111,14 @@ class _Bucket:
     speed: int
 
 
-class MemoryLedger(MemoryPoints, MemoryEpochs):
+class MemoryLedger(MemoryPoints, MemoryGroups, MemoryEpochs):
     """`clock` gives seconds and may be any function that does not go back."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._changed = threading.Condition(threading.RLock())
         MemoryPoints.__init__(self, self._changed, clock, self._emit)
+        MemoryGroups.__init__(self, self._changed, self._fence, self._emit, self._wake)
         MemoryEpochs.__init__(self, self._changed, clock, self._fence, self.run_is_known, self._wake)
         self._targets: dict[str, str] = {}
         self._run = 1
@@ -198,8 +200,10 @@ class MemoryLedger(MemoryPoints, MemoryEpochs):
                     self._adopted_run = 0
 
     # -- jobs -------------------------------------------------------------------------------------------------
-    def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "") -> JobRecord:
+    def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "", term: Term | None = None) -> JobRecord:
         with self._changed:
+            if term is not None:
+                self._fence(term)
             known, until = self._idempotency.get(idempotency_key, ("", 0))
             if known in self._jobs and until > self._now_ms():
                 job_id = known

@@ -28,6 +28,11 @@ def deposed(term: Term) -> DeposedError:
     return DeposedError(f"another coordinator leads (this one had generation {term.generation})")
 
 
+def fence_of(term: Term | None) -> tuple[int | str, str]:
+    """As scripts take it; empty for steps of users, which no term fences."""
+    return (term.generation, term.nonce) if term else ("", "")
+
+
 def missing(job_id: str) -> NotFoundError:
     return NotFoundError(f"there is no job {job_id!r}", "see flushpoint jobs")
 
@@ -70,10 +75,13 @@ class RedisLeadership:
 class RedisJobs:
     _server: Server
 
-    def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "") -> JobRecord:
+    def submit(self, job_id: str, spec: JobSpec, idempotency_key: str = "", term: Term | None = None) -> JobRecord:
         fresh = JobRecord(id=job_id, spec=spec, speed=spec.speed)
         fields = fresh.model_dump(exclude={"id", "spec", "created_at"})
-        answer = self._server.run_flushed("submit", job_id, spec_text(spec), idempotency_key, *fields_of(fields))
+        run = self._server.run if term else self._server.run_flushed
+        answer = run("submit", job_id, spec_text(spec), idempotency_key, *fence_of(term), *fields_of(fields))
+        if answer[0] == "deposed" and term is not None:
+            raise deposed(term)
         if answer[0] == "refused":
             raise refused_spec(answer[1])
         return record_of(pairs(answer[1]))
@@ -128,8 +136,7 @@ class RedisJobs:
             "update",
             job_id,
             version,
-            term.generation if term else "",
-            term.nonce if term else "",
+            *fence_of(term),
             int(drop_units),
             int(retry_quarantined),
             str(new_unit.kind) if new_unit else "",
@@ -147,8 +154,7 @@ class RedisJobs:
         return record_of(pairs(answer[1]))
 
     def dismiss(self, job_id: str, version: int, term: Term | None = None) -> None:
-        fence = (term.generation, term.nonce) if term else ("", "")
-        answer = self._server.run("dismiss", job_id, version, *fence)
+        answer = self._server.run("dismiss", job_id, version, *fence_of(term))
         if answer == "deposed" and term is not None:
             raise deposed(term)
         if answer == "missing":

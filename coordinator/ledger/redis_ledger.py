@@ -6,12 +6,15 @@ from coordinator.ledger.connection import Server
 from coordinator.ledger.keys import DEFAULT_PREFIX, Keys
 from coordinator.ledger.redis_epochs import RedisEpochs
 from coordinator.ledger.redis_fleet import RedisEvents, RedisFleet
+from coordinator.ledger.redis_groups import RedisGroups
 from coordinator.ledger.redis_jobs import RedisJobs, RedisLeadership
 from coordinator.ledger.redis_points import RedisPoints
 from coordinator.ledger.redis_units import RedisUnits
 
 
-class RedisLedger(RedisLeadership, RedisJobs, RedisUnits, RedisPoints, RedisEpochs, RedisFleet, RedisEvents):
+class RedisLedger(
+    RedisLeadership, RedisJobs, RedisUnits, RedisPoints, RedisGroups, RedisEpochs, RedisFleet, RedisEvents
+):
     """`url` is redis://, rediss:// or unix:///path?db=0. Connects when first used."""
 
     def __init__(self, url: str, *, prefix: str = DEFAULT_PREFIX) -> None:

@@ -39,9 +39,16 @@ class Rotation:
     """The parent's, if contents have to be compared: or it would look, together with the one that is added, as if it
     had recorded all the time, should this epoch be aborted."""
     changed: tuple[str, ...]
-    """All together they name what was written between the cut of the parent and this one."""
+    """All together they name what was written between the cut of the parent and this one, if that is known."""
+    since: int
+    """The parent, if they do; 0: they do not, so that contents have to be compared."""
     compare: str
-    """Why they do not, so that contents have to be compared; "" if they do."""
+    """Why; "" if they do."""
+
+    @property
+    def reason(self) -> str:
+        """For the point's label: how it is known what was written, or why it is not."""
+        return self.compare or f"by bitmap {', '.join(self.changed)}"
 
 
 def name_of(repository: str, group: str, epoch: int) -> str:
@@ -74,7 +81,9 @@ def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int
     changed = tuple(since[number].name for number in sorted(since)) if not compare else ()
     remove = (ours[parent].name,) if compare and parent in ours else ()
     disable = tuple(b.name for _, b in sorted(ours.items()) if b.is_recording and b.name not in remove)
-    return Rotation(name_of(repository, group, epoch), disable, remove, changed, compare)
+    return Rotation(
+        name_of(repository, group, epoch), disable, remove, changed, since=0 if compare else parent, compare=compare
+    )
 
 
 def leftovers(bitmaps: Iterable[Tracking], repository: str, group: str, newest_point: int) -> tuple[str, ...]:

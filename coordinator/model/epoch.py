@@ -135,8 +135,9 @@ class EpochSpec(BaseModel):
     """filesystem: file systems are frozen before a guest is stopped, where it lets us."""
     repository: str = ""
     """Its id, for the names of bitmaps."""
-    published: int = 0
-    """The group's newest recovery point: frozen bitmaps of later epochs are part of what is dirty. 0: none."""
+    parents: Mapping[str, int] = Field(default_factory=dict)
+    """By VM/DISK, the recovery point that the disk's copy will add to: frozen bitmaps of later epochs are part of what
+    is dirty. Not there: none."""
 
     @model_validator(mode="after")
     def _machines_differ(self) -> Self:
@@ -148,6 +149,10 @@ class EpochSpec(BaseModel):
     @property
     def vms(self) -> tuple[str, ...]:
         return tuple(participant.vm for participant in self.participants)
+
+    def parent(self, vm: str, disk: str) -> int:
+        """0: none."""
+        return self.parents.get(f"{vm}/{disk}", 0)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -203,6 +208,8 @@ class DiskCopy(BaseModel):
     """Of the disk, in bytes."""
     since: int = Field(ge=0)
     """It holds what was written since this epoch was cut, and nothing of the rest; 0: all of the disk."""
+    reason: str = ""
+    """Which bitmaps told what was written, or why none did."""
 
 
 class ReadFacts(BaseModel):

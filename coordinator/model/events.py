@@ -14,3 +14,5 @@ class EventName(enum.StrEnum):
     MIRROR_STATE_CHANGE = "MIRROR_STATE_CHANGE"
     RECOVERY_POINT = "RECOVERY_POINT"
     """A recovery point was published: {repository, group, epoch, cut_at}."""
+    GROUP_ABORTED = "GROUP_ABORTED"
+    """A round of a group ended without a recovery point: {group, epoch, error}; epoch 0 if none was announced."""

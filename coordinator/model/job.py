@@ -20,7 +20,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from coordinator.model.task import RepositoryTask
+from coordinator.model.repository_uri import is_repository, parse_repository
+from coordinator.model.task import AnyTask, EpochPart, RepositoryTask, group_of
 
 
 class State(enum.StrEnum):
@@ -119,7 +120,8 @@ class JobSpec(BaseModel):
 
     source: str = Field(default="", max_length=4096, description="URI or path of the disk to copy")
     target: str = Field(default="", max_length=4096, description="URI or path of the copy")
-    task: RepositoryTask | None = Field(default=None, description="instead of source and target")
+    task: AnyTask | None = Field(default=None, description="instead of source and target")
+    part: EpochPart | None = Field(default=None, description="of the epoch of a group, whose coordinator gives it")
     sync: Sync = Sync.FULL
     bitmap: str | None = Field(
         default=None, max_length=1023, description="dirty bitmap, with sync=dirty or incremental"
@@ -148,6 +150,21 @@ class JobSpec(BaseModel):
         if self.bitmap is not None and self.sync not in (Sync.DIRTY, Sync.INCREMENTAL):
             raise ValueError(f"sync={self.sync} reads no bitmap: take sync=dirty, or incremental to compare without it")
         return self
+
+    @model_validator(mode="after")
+    def _part_goes_to_a_repository(self) -> Self:
+        if self.part is not None and not is_repository(self.target):
+            raise ValueError("a part of an epoch goes to a repository")
+        return self
+
+    @property
+    def group(self) -> str:
+        """The group whose coordinator made this job for an epoch; "" if people did, or their tools."""
+        if self.part is not None:
+            return parse_repository(self.target).group
+        if self.task is None or isinstance(self.task, RepositoryTask):
+            return ""
+        return group_of(self.task)
 
 
 class JobRecord(BaseModel):

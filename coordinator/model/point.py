@@ -34,6 +34,21 @@ class Member(BaseModel):
     also of those that needed no storing."""
 
 
+class MachineCut(BaseModel):
+    """How one virtual machine of a point was cut: what the point's label is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vm: str
+    cut_at: float
+    """Unix time, by the clock of its host."""
+    freeze_ms: float
+    """How long it stood still; 0 if it was not running."""
+    filesystem_consistent: bool = False
+    fallback: str = ""
+    """Why it is not, where that was asked for."""
+
+
 TRACKING = "flushpoint:"
 """How the names of our own bitmaps begin."""
 
@@ -69,6 +84,8 @@ class PointRecord(BaseModel):
     consistency: str
     job: str = ""
     members: tuple[PointMember, ...] = ()
+    machines: tuple[MachineCut, ...] = ()
+    """Of a group of live guests."""
 
     def member(self, disk: str) -> PointMember | None:
         return next((m for m in self.members if m.disk == disk), None)
@@ -101,6 +118,8 @@ class Decision(BaseModel):
     decided_at: float = 0.0
     consistency: Literal["", "crash", "filesystem"] = ""
     members: tuple[Member, ...] = ()
+    machines: tuple[MachineCut, ...] = Field(default=(), exclude_if=lambda machines: machines == ())
+    """Of a group of live guests; not in the record, and so not in its seal, of any other."""
     spec: dict[str, Any] = Field(default_factory=dict)
     """What was asked for, so that a lost ledger loses no group."""
     why: str = ""
@@ -125,6 +144,7 @@ class Decision(BaseModel):
             consistency=self.consistency,
             job=self.job,
             members=tuple(PointMember.model_validate(member.model_dump()) for member in self.members),
+            machines=self.machines,
         )
 
 

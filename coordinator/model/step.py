@@ -138,7 +138,7 @@ def _pause(job: JobRecord) -> Step | None:
 def _start(job: JobRecord, now: float) -> Step:
     if job.spec.task is not None:
         changes = {"state": State.RUNNING, "started_at": now, "pass_number": 1, "pass_kind": "task", "plan_done": True}
-        return Step(f"starts to {job.spec.task.kind} the repository", changes, new_unit=UnitKind.TASK, drop_units=True)
+        return Step(f"starts its task, {job.spec.task.kind}", changes, new_unit=UnitKind.TASK, drop_units=True)
     kind = "compare" if job.spec.sync is Sync.INCREMENTAL else "copy"
     return Step(
         f"starts with a {kind} pass",
@@ -285,11 +285,16 @@ def _ready(job: JobRecord, now: float) -> Step | None:
 
 
 def _waiting(job: JobRecord, now: float) -> Step | None:
-    if job.epoch and not job.published:
+    if _decides(job) and not job.published:
         if job.units_ready or job.units_leased:
             return None
         return Step("publishes its recovery point", {}, new_unit=UnitKind.PUBLISH)
     return Step("has nothing left to do", {"state": State.PENDING})
+
+
+def _decides(job: JobRecord) -> bool:
+    """Whether it has opened an epoch of its own. That of a group is decided by the group's coordinator."""
+    return job.epoch > 0 and job.spec.part is None
 
 
 def _refuse_complete(job: JobRecord) -> Step:
@@ -324,7 +329,7 @@ def _pending(job: JobRecord, now: float) -> Step | None:
 def _conclude_abort(job: JobRecord, now: float) -> Step | None:
     if job.units_leased:
         return None  # nobody may still write when the job says it is over; a dead mover's lease runs out
-    if job.epoch and not job.published and not job.closing:
+    if _decides(job) and not job.published and not job.closing:
         return Step("abandons its epoch", {"closing": True}, new_unit=UnitKind.ABANDON, drop_units=True)
     if job.closing and not job.abandoned and job.units_ready and job.cancel_requested != "force":
         return None  # until it is given up: then the epoch's hold goes stale by itself

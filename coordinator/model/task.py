@@ -1,13 +1,14 @@
-"""Work on a repository as a whole, which a job does in one unit: make it, look at it, tidy it."""
+"""Work that a job does in one unit: on a repository as a whole (make it, look at it, tidy it), and on an epoch of a
+group (announce it, decide it)."""
 
 from __future__ import annotations
 
 import enum
-from typing import Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from coordinator.model.point import Retention
+from coordinator.model.point import Decision, Retention
 from coordinator.model.repository_uri import is_key_reference, parse_repository
 
 
@@ -53,3 +54,104 @@ class RepositoryTask(BaseModel):
         if self.new_key and not is_key_reference(self.new_key):
             raise ValueError("new_key is no reference to a key: write env:NAME, file:/path or kms:KEY")
         return self
+
+
+class EpochPart(BaseModel):
+    """What makes a job one of those of a group's epoch: its disk is one member of a recovery point, which others open
+    and decide."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: int = Field(gt=0)
+    owner: str
+    """Of the epoch's hold."""
+    pins: tuple[int, ...] = ()
+    """The points that the hold keeps, for all members."""
+    parent: int = Field(ge=0)
+    """The newest point of the disk; 0: there is none."""
+    since: int = Field(ge=0)
+    """The source holds what was written since this point, and nothing of the rest, which stays as it is there; 0: all
+    of the disk."""
+    reason: str = ""
+    """Why it holds all of the disk, or which bitmaps told what was written."""
+    cut_at: float
+
+
+class OpenEpoch(BaseModel):
+    """Announce a group's next epoch in its repository, where it pins the newest point of each disk."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["open-epoch"] = "open-epoch"
+    repository: str
+    group: str
+    owner: str
+    at_least: int = Field(gt=0)
+    """Its number must not be less: the ledger has counted so far."""
+    disks: tuple[str, ...] = Field(min_length=1)
+    """VM/DISK."""
+
+
+class OpenedEpoch(BaseModel):
+    """What its job tells."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    repository: str
+    """Its id."""
+    number: int
+    parents: dict[str, int]
+    """The newest point of each disk that can be built on; none for a disk without."""
+    pins: tuple[int, ...]
+
+
+class PublishEpoch(BaseModel):
+    """Decide an epoch by its manifest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["publish-epoch"] = "publish-epoch"
+    repository: str
+    owner: str
+    decision: Decision
+
+
+class AbandonEpoch(BaseModel):
+    """Decide an epoch by its tombstone, unless its manifest is there: then that is what its job tells."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["abandon-epoch"] = "abandon-epoch"
+    repository: str
+    group: str
+    owner: str
+    number: int
+    why: str
+
+
+class DecidedEpoch(BaseModel):
+    """What the jobs of both tell."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    is_point: bool
+
+
+def _family(task: Any) -> str:
+    """By which model a task is checked, so that what is wrong with it is said once."""
+    kind = str(task.get("kind", "") if isinstance(task, dict) else task.kind)
+    return kind if kind in ("open-epoch", "publish-epoch", "abandon-epoch") else "repository"
+
+
+EpochTask = OpenEpoch | PublishEpoch | AbandonEpoch
+AnyTask = Annotated[
+    Annotated[RepositoryTask, Tag("repository")]
+    | Annotated[OpenEpoch, Tag("open-epoch")]
+    | Annotated[PublishEpoch, Tag("publish-epoch")]
+    | Annotated[AbandonEpoch, Tag("abandon-epoch")],
+    Discriminator(_family),
+]
+
+
+def group_of(task: EpochTask) -> str:
+    return task.decision.group if isinstance(task, PublishEpoch) else task.group

@@ -11,9 +11,18 @@ from collections.abc import Callable
 import structlog
 from pydantic import ValidationError
 
-from coordinator.ledger.contract import ConflictError, DeposedError, Ledger, NewEvent, NewUnit, Term
-from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
+from coordinator.ledger.contract import (
+    GROUP_WAKE,
+    ConflictError,
+    DeposedError,
+    Ledger,
+    NewEvent,
+    NewUnit,
+    Term,
+)
+from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
 from coordinator.model.step import next_step
+from coordinator.service.groups import GroupControl
 from coordinator.settings import Settings
 
 log = structlog.get_logger()
@@ -39,6 +48,7 @@ class ControlLoop:
         self._settings = settings
         self._ring = ring
         self._clock = clock
+        self._groups = GroupControl(ledger, clock, self._visit_safely)
         self._nonce = secrets.token_hex(16)
         self._term: Term | None = None
         self._term_ends_at = 0.0
@@ -112,9 +122,11 @@ class ControlLoop:
             self._next_sweep = now + self._settings.cycle_s
             sentences += self._sweep(term)
         else:
-            job_id = self._ledger.next_wake(min(self._settings.cycle_s, self._next_sweep - now))
-            if job_id is not None:
-                sentences += self._visit_safely(job_id, term)
+            woken = self._ledger.next_wake(min(self._settings.cycle_s, self._next_sweep - now))
+            if woken is not None and woken.startswith(GROUP_WAKE):
+                sentences += self._visit_group(woken.removeprefix(GROUP_WAKE), term)
+            elif woken is not None:
+                sentences += self._visit_job(woken, term)
         self._ring()
         return sentences
 
@@ -143,6 +155,8 @@ class ControlLoop:
         sentences += [f"epoch {name} is aborted: {why}" for name, why in self._ledger.expire_epochs(term)]
         for job_id in self._ledger.active_jobs():
             sentences += self._visit_safely(job_id, term)
+        for group in self._ledger.groups():
+            sentences += self._visit_group(group.name, term)
         return sentences + self._dismiss_surplus(term)
 
     def _dismiss_surplus(self, term: Term) -> list[str]:
@@ -154,6 +168,25 @@ class ControlLoop:
                 self._ledger.dismiss(job_id, self._ledger.job(job_id).version, term)
                 sentences.append(f"job {job_id} is dismissed: {keep} have concluded after it")
         return sentences
+
+    def _visit_job(self, job_id: str, term: Term) -> list[str]:
+        """A job that woke us, and the group that may have waited for it."""
+        sentences = self._visit_safely(job_id, term)
+        with contextlib.suppress(NotFoundError, ValidationError):
+            if group := self._ledger.job(job_id).job.spec.group:
+                sentences += self._visit_group(group, term)
+        return sentences
+
+    def _visit_group(self, name: str, term: Term) -> list[str]:
+        """One group's trouble is no other group's."""
+        try:
+            return self._groups.visit(name, term)
+        except ConflictError:
+            return []
+        except ValidationError as error:
+            return [f"group {name} has a record that cannot be read: {error.errors()[0]['msg']}"]
+        except RefusedError as error:
+            return [f"group {name} cannot go on: {error.message}"]
 
     def _visit_safely(self, job_id: str, term: Term) -> list[str]:
         """One job's trouble is no other job's."""

@@ -54,7 +54,12 @@ WAIT_S = 30.0
 DB = Participant(vm="db", host="hv1", qmp="/run/db.qmp", disks=("vda", "vdb"))
 WEB = Participant(vm="web", host="hv2", disks=("vda",))
 SPEC = EpochSpec(
-    participants=(DB, WEB), prepare_ms=HOUR_MS, freeze_ms=HOUR_MS, hold_ms=HOUR_MS, repository="r", published=3
+    participants=(DB, WEB),
+    prepare_ms=HOUR_MS,
+    freeze_ms=HOUR_MS,
+    hold_ms=HOUR_MS,
+    repository="r",
+    parents={"db/vda": 3},
 )
 BEFORE_GO = (Phase.PREPARING, Phase.FREEZING)
 HURRIED = SPEC.model_copy(update={"prepare_ms": SOON_MS})

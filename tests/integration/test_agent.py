@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,8 +14,9 @@ from coordinator.ledger import RedisLedger
 from coordinator.model.epoch import Epoch, EpochSpec, Participant, Phase
 from tests.contract.conftest import running_valkey
 from tests.guest import GuestKit
+from tests.hosts import STEP_S, Host
 from tests.live_guest import LiveDisk, LiveGuest, first_number, running_pair
-from tests.stack import Process, wait_until
+from tests.stack import wait_until
 from workers.agent.guest import OURS, look_at
 from workers.agent.monitor import Monitor
 
@@ -27,60 +26,7 @@ GROUP = "shop"
 HOUR_MS = 3_600_000
 FREEZE_MS = 1500
 """What guests are promised here, on a machine that has two processors for all of this."""
-STEP_S = 30.0
 BEFORE_CUT = ("between-prepare-and-prepared", "between-stop-and-frozen", "between-go-and-cut")
-
-
-class Host:
-    """An agent and a guard, as an operator would start them, and the guest they look after."""
-
-    def __init__(self, name: str, directory: Path, guest: LiveGuest, ledger_url: str) -> None:
-        self.name = name
-        self.guest = guest
-        self.scratch = directory / "scratch"
-        self._directory = directory
-        directory.mkdir()
-        self._environ = {
-            **os.environ,
-            "FLUSHPOINT_REDIS_URL": ledger_url,
-            "FLUSHPOINT_GUARD_SOCKET": str(directory / "guard"),
-            "FLUSHPOINT_JOURNAL_DIR": str(directory / "frozen"),
-            "FLUSHPOINT_SCRATCH_DIR": str(self.scratch),
-        }
-        self.guard = self._started(["guard"], self._environ)
-        wait_until((directory / "guard").exists, "the guard's socket", STEP_S)
-        self.agent: Process | None = None
-
-    def start_agent(self, failpoint: str = "") -> None:
-        """In the place of the one before, which has ended; ready when this returns. `failpoint` is NAME:ACTION."""
-        self.end_agent()
-        self.trip = self._directory / "tripped"
-        self.trip.unlink(missing_ok=True)
-        environ = {**self._environ, "FLUSHPOINT_FAILPOINT": f"{failpoint}:{self.trip}"} if failpoint else self._environ
-        (self._directory / "agent.log").unlink(missing_ok=True)
-        self.agent = self._started(["agent", "--host", self.name], environ)
-        log = self.agent.log
-        wait_until(lambda: "ready" in log.read_text(), f"the agent of {self.name}", STEP_S)
-
-    def end_agent(self) -> None:
-        if self.agent is not None:
-            self.agent.terminate()
-
-    def signal_agent(self, number: signal.Signals) -> None:
-        assert self.agent is not None
-        os.kill(self.agent.pid, number)
-
-    def _started(self, words: list[str], environ: dict[str, str]) -> Process:
-        return Process([sys.executable, "-m", "flushpoint", *words], self._directory / f"{words[0]}.log", environ)
-
-    def staged(self, epoch: Epoch) -> Path:
-        disk = self.guest.disks[0].name
-        return self.scratch / epoch.name / self.guest.directory.name / f"{disk}.qcow2"
-
-    def kill(self) -> None:
-        for process in (self.agent, self.guard):
-            if process is not None:
-                process.kill()
 
 
 class Group:
@@ -158,7 +104,8 @@ def cluster(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[Group]:
         closing(RedisLedger(valkey.url)) as ledger,
     ):
         hosts = [
-            Host(f"hv{n}", module_tmpfs_path / f"hv{n}", guest, valkey.url) for n, guest in enumerate(guests, start=1)
+            Host(f"hv{n}", module_tmpfs_path / f"hv{n}", guest, {"FLUSHPOINT_REDIS_URL": valkey.url})
+            for n, guest in enumerate(guests, start=1)
         ]
         try:
             yield Group(hosts, ledger)

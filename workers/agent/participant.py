@@ -69,7 +69,8 @@ class Machine:
         spec = epoch.spec
         for name in epoch.participant(self.name).disks:
             disk = guest.disk(name)
-            rotation = rotate(disk.tracking(), spec.repository, epoch.group, spec.published, epoch.number)
+            parent = spec.parent(self.name, name)
+            rotation = rotate(disk.tracking(), spec.repository, epoch.group, parent, epoch.number)
             parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._scratch), rotation))
             await asyncio.to_thread(_sync, disk.file)
 

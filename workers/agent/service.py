@@ -154,7 +154,7 @@ class Agent:
     async def _staged(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> tuple[DiskCopy, ...]:
         """AbortedError if the epoch is, meanwhile."""
         place = self._place(epoch.group, epoch.number) / participant.vm
-        staging = asyncio.create_task(stage_all(vm, taken.parts, place, epoch.spec.published))
+        staging = asyncio.create_task(stage_all(vm, taken.parts, place))
         self._staging.setdefault((epoch.group, epoch.number), []).append(staging)
         try:
             return await staging
@@ -210,7 +210,7 @@ class Agent:
                 forget(view)
 
 
-async def stage_all(vm: Vm, parts: Sequence[Part], place: Path, published: int) -> tuple[DiskCopy, ...]:
+async def stage_all(vm: Vm, parts: Sequence[Part], place: Path) -> tuple[DiskCopy, ...]:
     """Every disk as PLACE/DISK.qcow2, durable. No view is left, whatever fails and whose turn had not come."""
     copies = []
     async with AsyncExitStack() as left:
@@ -223,8 +223,15 @@ async def stage_all(vm: Vm, parts: Sequence[Part], place: Path, published: int) 
             await remove(vm.monitor, part.view)  # the guest is rid of the filter as soon as may be
             path = place / f"{device}.qcow2"
             await asyncio.to_thread(_put, staged.image, path)
-            since = published if changed else 0
-            copies.append(DiskCopy(disk=device, path=str(path), size=staged.size, since=since))
+            copies.append(
+                DiskCopy(
+                    disk=device,
+                    path=str(path),
+                    size=staged.size,
+                    since=part.rotation.since,
+                    reason=part.rotation.reason,
+                )
+            )
     return tuple(copies)
 
 

@@ -26,6 +26,7 @@ from coordinator.model.extent import Extent, Status, unpack_extents
 from coordinator.model.job import JobRecord, State, Sync
 from coordinator.model.point import Decision, tracking_bitmap
 from coordinator.model.repository_uri import RepositoryUri
+from coordinator.model.task import EpochPart
 from coordinator.model.units import Claim
 from coordinator.model.uri import disk_name, parse
 from coordinator.settings import Settings
@@ -66,6 +67,8 @@ class Backups:
         written since the parent; if none would, the record says why. Changes nothing but a hold."""
         uri = self._uri(job)
         group, disk = names(job)
+        if job.spec.part is not None:
+            return self._open_part(job, job.spec.part, claim, source), ""
         with self._repository_of(job) as repository:
             self._check_source(repository, source)
             owner = self._ledger.reserve(job.id, claim.unit_id, claim.token, f"repository {repository.id} {group}")
@@ -74,7 +77,7 @@ class Backups:
                     f"job {owner} is writing group {group!r} in {uri.repository}",
                     "wait until it has concluded, or cancel it",
                 )
-            epoch = open_epoch(repository, group, disk, _owner(job), self._is_over)
+            epoch = open_epoch(repository, group, disk, _owner(job), self.is_over)
             try:
                 epoch, lost = _without_lost_parent(repository, epoch, job.spec.sync)
                 comparing, reason = _how(job, epoch, source.size)
@@ -96,6 +99,35 @@ class Backups:
             "cut_at": time.time(),
         }
         return facts, bitmap
+
+    def _open_part(self, job: JobRecord, part: EpochPart, claim: Claim, source: Source) -> dict[str, object]:
+        """The same for a job of a group's epoch, which others have announced and will decide. Nothing is compared: the
+        source holds what was written since the parent, or all of the disk, and blocks that the parent has are known by
+        their digests."""
+        group, disk = names(job)
+        with self._repository_of(job) as repository:
+            name = f"repository {repository.id} {group} {disk}"
+            owner = self._ledger.reserve(job.id, claim.unit_id, claim.token, name)
+            if owner not in (None, job.id):
+                raise RefusedError(f"job {owner} is writing {disk} of group {group!r}", "wait until it has concluded")
+            epoch = reopen(repository, group, part.number, disk, _owner(job), part.parent, part.pins)
+            renew(repository, epoch)
+            member = epoch.parent_member
+            if part.since and (member is None or part.since != part.parent or member.size != source.size):
+                raise RefusedError(
+                    f"what was written to {disk} since point {part.since} adds to no point of {source.size} bytes",
+                    "take the next checkpoint, which copies all of it",
+                )
+        return {
+            "group": group,
+            "disk": disk,
+            "epoch": part.number,
+            "parent_epoch": part.parent,
+            "target_zeroed": not part.since,
+            "on_parent": part.since > 0,
+            "compare_reason": part.reason,
+            "cut_at": part.cut_at,
+        }
 
     def copy(self, job: JobRecord, claim: Claim, source: Source, lease: Lease) -> tuple[Outcome, str]:
         """Write a unit; the pack's name if all of it is done, or the failure and everything as remaining."""
@@ -132,21 +164,18 @@ class Backups:
             epoch = self._epoch(repository, job)
             maps = collect_maps(repository, job.disk, [PackRef.parse(text) for text in packs])
             root = write_disk_root(repository, epoch, self._base_root(repository, job), job.disk_size, maps)
-            return {"pass_root": str(root), "cut_at": time.time() if job.source_may_change else job.cut_at}
+            facts: dict[str, object] = {"pass_root": str(root)}
+            if job.spec.part is not None:
+                facts["result"] = epoch.member_of(root, job.disk_size).model_copy(update=_told(job)).model_dump_json()
+            elif job.source_may_change:
+                facts["cut_at"] = time.time()
+            return facts
 
     def publish(self, job: JobRecord) -> Decision:
         """Decide the epoch by its manifest. Done again, it finds its own decision and is content."""
         with self._repository_of(job) as repository:
             epoch = self._epoch(repository, job)
-            ref = RootRef.parse(job.pass_root)
-            member = epoch.member_of(ref, job.disk_size).model_copy(
-                update={
-                    "sync": str(job.spec.sync),
-                    "reason": f"by bitmap {job.bitmap!r}" if job.bitmap else job.compare_reason,
-                    "bytes_read": job.bytes_read,
-                    "bytes_sent": job.bytes_sent,
-                }
-            )
+            member = epoch.member_of(RootRef.parse(job.pass_root), job.disk_size).model_copy(update=_told(job))
             decision = Decision(
                 decision="manifest",
                 repository=repository.id,
@@ -243,7 +272,8 @@ class Backups:
 
     @staticmethod
     def _epoch(repository: Repository, job: JobRecord) -> Epoch:
-        return reopen(repository, job.group, job.epoch, job.disk, _owner(job), job.parent_epoch)
+        pins = job.spec.part.pins if job.spec.part else None
+        return reopen(repository, job.group, job.epoch, job.disk, _owner(job), job.parent_epoch, pins)
 
     def _renew_hold(self, job: JobRecord) -> None:
         if time.monotonic() - self._renewed_at < HOLD_RENEW_S:
@@ -264,16 +294,18 @@ class Backups:
         """Whether an epoch's owner is a job of this ledger that has not concluded, though it may be paused."""
         return self._state_of(owner) not in (None, State.CONCLUDED)
 
-    def _is_over(self, owner: str) -> bool:
+    def is_over(self, owner: str) -> bool:
         """Whether an epoch's owner is a job of this ledger that has concluded; of another's nobody here can tell."""
         return self._state_of(owner) is State.CONCLUDED
 
     def _state_of(self, owner: str) -> State | None:
-        kind, job_id, *_ = [*owner.split(" "), ""]
-        if kind != "job":
-            return None
+        """None where that cannot be told. A round of a group runs until it is over."""
+        kind, name, _, round_id, *_ = [*owner.split(" "), "", "", ""]
         try:
-            return self._ledger.job(job_id).job.state
+            if kind == "group":
+                now = self._ledger.group(name).round
+                return State.RUNNING if now is not None and now.id == round_id else State.CONCLUDED
+            return self._ledger.job(name).job.state if kind == "job" else None
         except NotFoundError:
             return None
 
@@ -306,7 +338,25 @@ class _Blamed:
 
 
 def _owner(job: JobRecord) -> str:
-    return f"job {job.id} on {socket.gethostname()}"
+    return located(job.spec.part.owner if job.spec.part else f"job {job.id}")
+
+
+def located(owner: str) -> str:
+    """An epoch's owner, for people, who want to know where it is at work as well."""
+    return f"{owner} on {socket.gethostname()}"
+
+
+def _told(job: JobRecord) -> dict[str, object]:
+    """What its manifest says of how a disk was copied."""
+    part = job.spec.part
+    if part is not None:
+        how = {"sync": str(Sync.INCREMENTAL if part.parent else Sync.FULL), "reason": part.reason}
+    else:
+        how = {
+            "sync": str(job.spec.sync),
+            "reason": f"by bitmap {job.bitmap!r}" if job.bitmap else job.compare_reason,
+        }
+    return {**how, "bytes_read": job.bytes_read, "bytes_sent": job.bytes_sent}
 
 
 def names(job: JobRecord) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from coordinator.model.task import RepositoryTask, TaskKind
 from coordinator.model.units import Claim, UnitKind
 from coordinator.settings import Settings
 from workers.failpoint import pass_point
-from workers.mover import points
+from workers.mover import group_epochs, points
 from workers.mover.backup import Backups
 from workers.mover.disks import Disks, OpenError, opening
 from workers.mover.engine import Engine, Failure, Orders, Outcome
@@ -313,7 +313,9 @@ class Mover:
         task, access = job.spec.task, self._disks.access
         assert task is not None
         try:
-            if task.kind is TaskKind.SCAN:
+            if not isinstance(task, RepositoryTask):
+                result = group_epochs.run(task, self._ledger, access, self._backups.is_over)
+            elif task.kind is TaskKind.SCAN:
                 result = points.scan(task, self._ledger, access, lease.assert_held)
             else:
                 result = self._do_chore(task, job.id, lease)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -31,7 +31,8 @@ PARENTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """An open epoch of one group; `parent` is the newest point that holds the disk and can be read, if there is one."""
+    """An open epoch of one group, as one of its disks sees it; `parent` is the newest point that holds the disk and can
+    be read, if there is one."""
 
     group: str
     number: int
@@ -39,6 +40,8 @@ class Epoch:
     owner: str
     """Who writes it, for people, and from " on " on, where."""
     parent: Decision | None
+    pins: tuple[int, ...] = ()
+    """The points that its hold keeps: the parents of all its disks."""
     missed: int = 0
     """The newest epoch of which nobody can tell whether it is a point, because its decision is damaged, or was when a
     prune forgot it; 0: none."""
@@ -71,20 +74,32 @@ class Epoch:
         )
 
     def hold(self) -> Hold:
-        points = (self.parent.epoch,) if self.parent else ()
         return Hold(
             id=self.hold_id,
             kind="epoch",
             group=self.group,
             epoch=self.number,
-            points=points,
+            points=self.pins,
             owner=self.owner,
             renewed_at=time.time(),
         )
 
 
 def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_over: Callable[[str], bool]) -> Epoch:
-    """Announce the group's next epoch. RefusedError while somebody else writes one.
+    """`open_epochs` of a group of one disk."""
+    return open_epochs(repository, group, [disk], owner, is_over)[0]
+
+
+def open_epochs(
+    repository: Repository,
+    group: str,
+    disks: Sequence[str],
+    owner: str,
+    is_over: Callable[[str], bool],
+    at_least: int = 1,
+) -> list[Epoch]:
+    """Announce the group's next epoch, whose number is not less than `at_least`; as each of its disks sees it.
+    RefusedError while somebody else writes one.
 
     `is_over` says of an owner whether its job is known to have ended: its epoch is then abandoned at once, any other's
     only when its hold was not renewed for HOLD_TTL_S. A hold of `owner` itself is taken up again.
@@ -94,41 +109,64 @@ def open_epoch(repository: Repository, group: str, disk: str, owner: str, is_ove
     holds = decisions.holds_of_epochs(group)
     for hold in holds:
         if _are_one(hold.owner, owner) and not seen.is_decided(hold.epoch):
-            epoch = reopen(repository, group, hold.epoch, disk, owner, hold.points[0] if hold.points else 0)
-            _, damaged = _newest_with(repository, seen, disk)
-            return _missing(epoch, damaged, decisions.about(group, hold.epoch))
+            return _taken_up(repository, seen, hold, disks, owner)
         if not seen.is_decided(hold.epoch) and not hold.is_stale and not is_over(hold.owner):
             raise _busy(repository, hold)
         if seen.is_decided(hold.epoch):  # perhaps by what is damaged now
             decisions.let_go(hold.id)
         else:
             abandon(repository, group, hold.epoch, f"given up: {hold.owner} wrote it and has ended or fallen silent")
-    number = max([seen.newest, *(h.epoch for h in holds)], default=0) + 1
+    number = max([seen.newest + 1, at_least, *(h.epoch + 1 for h in holds)])
     for _ in range(PARENTS):
-        parent, damaged = _newest_with(repository, seen, disk)
-        epoch = Epoch(group, number, disk, owner, parent)
-        announced = epoch.hold()
+        parents, damaged = _newest_with(repository, seen, disks)
+        pins = _pins(parents)
+        epochs = [Epoch(group, number, disk, owner, parents.get(disk), pins) for disk in disks]
+        announced = epochs[0].hold()
         if not decisions.announce(announced):
             raise RefusedError(f"somebody else has just opened epoch {number} of group {group!r}", "try again")
         first = min((h.epoch for h in decisions.holds_of_epochs(group)), default=number)
         if first < number:
-            decisions.let_go(epoch.hold_id)
+            decisions.let_go(announced.id)
             raise RefusedError(f"somebody else has just opened epoch {first} of group {group!r}", "try again")
-        now = decisions.about(group, number, *announced.points)
+        now = decisions.about(group, number, *pins)
         if now.is_decided(number):
-            decisions.let_go(epoch.hold_id)
+            decisions.let_go(announced.id)
             raise RefusedError(f"somebody else has just decided epoch {number} of group {group!r}", "try again")
-        if epoch.parent is None or epoch.parent.epoch in now.present():
-            return _missing(epoch, damaged, now)
-        decisions.let_go(epoch.hold_id)  # a prune has removed the parent before the hold was there
+        if set(pins) <= set(now.present()):
+            return _missing(epochs, damaged, now)
+        decisions.let_go(announced.id)  # a prune has removed a parent before the hold was there
         seen = decisions.group(group)
     raise RefusedError(f"the points of group {group!r} are pruned as fast as they are read", "try again")
 
 
-def reopen(repository: Repository, group: str, number: int, disk: str, owner: str, parent_epoch: int) -> Epoch:
-    """An epoch that was opened before, as a job's record names it."""
+def reopen(
+    repository: Repository,
+    group: str,
+    number: int,
+    disk: str,
+    owner: str,
+    parent_epoch: int,
+    pins: tuple[int, ...] | None = None,
+) -> Epoch:
+    """An epoch that was opened before, as a job's record names it; `pins` where it has other disks, too."""
     parent = repository.decisions.decision(group, parent_epoch) if parent_epoch else None
-    return Epoch(group, number, disk, owner, parent)
+    kept = pins if pins is not None else _pins({disk: parent} if parent else {})
+    return Epoch(group, number, disk, owner, parent, kept)
+
+
+def _taken_up(repository: Repository, seen: Group, hold: Hold, disks: Sequence[str], owner: str) -> list[Epoch]:
+    """Of the points that the hold keeps, each disk stands on the newest that has it."""
+    held = [repository.decisions.decision(hold.group, point) for point in sorted(hold.points)]
+    epochs = []
+    for disk in disks:
+        having = [point for point in held if point is not None and point.member(disk) is not None]
+        epochs.append(Epoch(hold.group, hold.epoch, disk, owner, having[-1] if having else None, hold.points))
+    _, damaged = _newest_with(repository, seen, disks)
+    return _missing(epochs, damaged, repository.decisions.about(hold.group, hold.epoch))
+
+
+def _pins(parents: Mapping[str, Decision]) -> tuple[int, ...]:
+    return tuple(sorted({parent.epoch for parent in parents.values()}))
 
 
 def collect_maps(repository: Repository, disk: str, packs: Iterable[PackRef]) -> list[MapRef]:
@@ -193,20 +231,28 @@ def abandon(repository: Repository, group: str, number: int, why: str) -> Decisi
     return decided
 
 
-def _newest_with(repository: Repository, group: Group, disk: str) -> tuple[Decision | None, int]:
-    """The newest point of the disk that can be read, and the newest damaged decision after it (0: none)."""
-    damaged = 0
+def _newest_with(
+    repository: Repository, group: Group, disks: Sequence[str]
+) -> tuple[dict[str, Decision], dict[str, int]]:
+    """By disk, the newest point of it that can be read, and the newest damaged decision after that (0: none)."""
+    parents: dict[str, Decision] = {}
+    damaged = dict.fromkeys(disks, 0)
     for found in repository.decisions.newest_points_or_damage(group):
-        if isinstance(found, DamagedDecisionError):
-            damaged = max(damaged, found.epoch)
-        elif found.member(disk) is not None:
-            return found, damaged
-    return None, damaged
+        for disk in disks:
+            if disk in parents:
+                continue
+            if isinstance(found, DamagedDecisionError):
+                damaged[disk] = max(damaged[disk], found.epoch)
+            elif found.member(disk) is not None:
+                parents[disk] = found
+        if len(parents) == len(damaged):
+            break
+    return parents, damaged
 
 
-def _missing(epoch: Epoch, damaged: int, now: Group) -> Epoch:
+def _missing(epochs: Iterable[Epoch], damaged: Mapping[str, int], now: Group) -> list[Epoch]:
     """`now` was looked at after `damaged` was: what a prune has forgotten since was listed no more."""
-    return replace(epoch, missed=max(damaged, now.forgotten))
+    return [replace(epoch, missed=max(damaged[epoch.disk], now.forgotten)) for epoch in epochs]
 
 
 def _check_hold(repository: Repository, epoch: Epoch) -> None:

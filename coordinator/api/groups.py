@@ -1,0 +1,99 @@
+"""The part of the API that is about consistency groups."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import FastAPI, Header, Query, Response
+from pydantic import BaseModel
+
+from coordinator.api.feed import EventFeed
+from coordinator.ledger.contract import ConflictError, Ledger
+from coordinator.model.epoch import checked_group
+from coordinator.model.errors import NotFoundError, RefusedError
+from coordinator.model.group import GroupRecord, GroupSpec, shared_disk
+from coordinator.model.view import CheckpointView, GroupView, view_of_checkpoint, view_of_group
+
+CAS_TRIES = 20
+"""A user's change competes with the control loop; each try reads the group afresh."""
+REQUESTS = 1000
+"""Checkpoints that may wait for one round: all are served by the next one."""
+
+
+class GroupList(BaseModel):
+    groups: list[GroupView]
+
+
+def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
+    def changed(name: str, change: Callable[[GroupRecord], GroupRecord]) -> GroupRecord:
+        for _ in range(CAS_TRIES):
+            known = ledger.group(name)
+            wanted = change(known)
+            if wanted == known:
+                return known
+            try:
+                return ledger.put_group(wanted)
+            except ConflictError:
+                continue
+        raise ConflictError(f"group {name} changes too fast", "try again")
+
+    @app.put("/v1/groups/{name}")
+    def apply(name: str, spec: GroupSpec) -> GroupView:
+        """Make the group, or change it: from its next round on. Applied again, it changes nothing."""
+        wanted = GroupRecord(name=checked_group(name), spec=spec)
+        for other in ledger.groups():
+            if other.name != name and (disk := shared_disk(wanted, other)):
+                raise RefusedError(f"{disk} is in group {other.name!r} already", "take it out of one of the two")
+        try:
+            group = changed(name, lambda known: known.model_copy(update={"spec": spec}))
+        except NotFoundError:
+            group = ledger.put_group(wanted)
+        return view_of_group(group, time.time())
+
+    @app.get("/v1/groups")
+    def groups() -> GroupList:
+        now = time.time()
+        return GroupList(groups=[view_of_group(group, now) for group in ledger.groups()])
+
+    @app.get("/v1/groups/{name}")
+    def group(name: str) -> GroupView:
+        return view_of_group(ledger.group(name), time.time())
+
+    @app.delete("/v1/groups/{name}", status_code=204)
+    def remove(name: str) -> Response:
+        """Forget a group. Its recovery points stay where they are."""
+        known = ledger.group(name)
+        if known.round is not None:
+            raise RefusedError(f"group {name!r} is at work on a recovery point", "wait for its end")
+        ledger.remove_group(name, known.version)
+        return Response(status_code=204)
+
+    @app.post("/v1/groups/{name}/checkpoints", status_code=202)
+    def checkpoint(name: str, idempotency_key: Annotated[str, Header(max_length=255)] = "") -> CheckpointView:
+        """Ask for a recovery point that is cut after this call."""
+        request = idempotency_key or secrets.token_hex(8)
+
+        def asked(known: GroupRecord) -> GroupRecord:
+            if known.knows(request):
+                return known
+            if len(known.requests) >= REQUESTS:
+                raise RefusedError(f"{REQUESTS} checkpoints of group {name!r} wait already", "wait for one of them")
+            return known.model_copy(update={"requests": (*known.requests, request)})
+
+        return _found(changed(name, asked), request)
+
+    @app.get("/v1/groups/{name}/checkpoints/{request}")
+    async def checkpoint_of(
+        name: str, request: str, wait: Annotated[float, Query(ge=0, le=60)] = 0.0
+    ) -> CheckpointView:
+        return await feed.wait_for(lambda: _found(ledger.group(name), request), lambda found: found.is_over, "", wait)
+
+
+def _found(group: GroupRecord, request: str) -> CheckpointView:
+    found = view_of_checkpoint(group, request)
+    if found is None:
+        raise NotFoundError(f"nobody has asked for checkpoint {request!r} of group {group.name!r}", "ask for a new one")
+    return found

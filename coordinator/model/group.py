@@ -1,0 +1,208 @@
+"""A consistency group: which disks of which machines belong together, how it is protected, and the round at work.
+
+The file that people write (`GroupFile`) and what the API takes (`GroupSpec`) are the same words; durations are seconds,
+or text such as 500ms, 5s, 10m, 2h.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.alias_generators import to_camel
+
+from coordinator.model.epoch import Participant
+from coordinator.model.repository_uri import parse_repository
+
+API_VERSION = "flushpoint/v1"
+KIND = "ConsistencyGroup"
+OUTCOMES_KEPT = 20
+LONGEST_HOLD_S = 1800.0
+"""Nobody renews the epoch's hold in the repository while views are held: this has to be far less than an hour."""
+_DURATION = re.compile(r"(?P<n>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h|d)")
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is no duration: write a number and ms, s, m, h or d, such as 5s")
+    return float(match["n"]) * _UNITS_S[match["unit"]]
+
+
+Seconds = Annotated[
+    float,
+    BeforeValidator(_seconds),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*(ms|s|m|h|d)$"}]}
+    ),
+]
+
+
+class _Words(BaseModel):
+    """Written in camelCase, as in other files of Kubernetes' kind."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True, serialize_by_alias=True
+    )
+
+
+class GroupPolicy(_Words):
+    """How a group is protected. Times in seconds."""
+
+    freeze_timeout: Seconds = Field(default=1.0, gt=0, le=60, description="no guest is ever stopped for longer")
+    prepare_timeout: Seconds = Field(default=30.0, gt=0, description="how long the slowest machine may take to prepare")
+    hold_timeout: Seconds = Field(
+        default=600.0,
+        gt=0,
+        le=LONGEST_HOLD_S,
+        description="how long views may be held: guests pay for them with each of their writes",
+    )
+
+
+class GroupSpec(_Words):
+    """What is protected, where to, and how."""
+
+    repository: str = Field(min_length=1, max_length=4096, description="s3://bucket/prefix or repo+file:///dir")
+    policy: GroupPolicy = GroupPolicy()
+    members: tuple[Participant, ...] = Field(min_length=1, max_length=1000)
+
+    @model_validator(mode="after")
+    def _is_well_formed(self) -> Self:
+        uri = parse_repository(self.repository)
+        if uri.repository != uri:
+            raise ValueError("the repository is named with a group, a disk or a point: leave those out")
+        names = [member.vm for member in self.members]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the machine {max(names, key=names.count)} is named twice: name all its disks at once")
+        for member in self.members:
+            if not member.qmp.startswith("/"):
+                raise ValueError(f"qmp of {member.vm} is no absolute path of a monitor's socket on {member.host}")
+        return self
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        """VM/DISK of all, in order."""
+        return tuple(f"{member.vm}/{disk}" for member in self.members for disk in member.disks)
+
+
+class GroupMetadata(_Words):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+
+class GroupFile(_Words):
+    """`flushpoint apply -f`."""
+
+    api_version: Literal["flushpoint/v1"]
+    kind: Literal["ConsistencyGroup"]
+    metadata: GroupMetadata
+    spec: GroupSpec
+
+
+class Stage(enum.StrEnum):
+    """What a round is at::
+
+    opening ──> starting ──> cutting ──> copying ──> publishing ──> (over)
+       │           │            │           │            │             ^
+       └───────────┴────────────┴───────────┴────────────┴──> ending ──┘
+    """
+
+    OPENING = "opening"
+    """A job announces the epoch in the repository."""
+    STARTING = "starting"
+    """The ledger's epoch is opened: from then on agents are at work."""
+    CUTTING = "cutting"
+    """Agents prepare, cut and stage, until all can be read."""
+    COPYING = "copying"
+    """A job a disk."""
+    PUBLISHING = "publishing"
+    """A job decides the epoch by its manifest."""
+    ENDING = "ending"
+    """Nothing comes of it: jobs are cancelled, the epoch is given up, a job decides it by its tombstone."""
+
+
+class Round(BaseModel):
+    """One attempt at a recovery point; `spec` as it was when the attempt began."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str
+    spec: GroupSpec
+    begun_at: float
+    requests: tuple[str, ...] = ()
+    """The checkpoints that it was begun for."""
+    stage: Stage = Stage.OPENING
+    number: int = 0
+    """Of its epoch; 0 while none is announced."""
+    repository: str = ""
+    """Its id."""
+    parents: dict[str, int] = Field(default_factory=dict)
+    """By VM/DISK, the point it builds on."""
+    pins: tuple[int, ...] = ()
+    why: str = ""
+    """Why nothing comes of it."""
+
+
+class Outcome(BaseModel):
+    """How a round ended."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    round: str
+    requests: tuple[str, ...]
+    number: int
+    published: bool
+    why: str = ""
+    begun_at: float
+    ended_at: float
+    cut_at: float = 0.0
+
+
+class GroupRecord(BaseModel):
+    """A group as the ledger keeps it. Times in Unix seconds."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    spec: GroupSpec
+    version: int = 0
+    """Grows with every change; 0: not in the ledger yet."""
+    requests: tuple[str, ...] = ()
+    """Checkpoints that were asked for and that no round was begun for."""
+    round: Round | None = None
+    outcomes: tuple[Outcome, ...] = ()
+    """Of the last rounds, oldest first."""
+    counted: int = 0
+    """The greatest number of an epoch."""
+    published: int = 0
+    """The newest recovery point that a round made; 0: none yet."""
+    published_cut_at: float = 0.0
+    done_with: tuple[str, ...] = ()
+    """Jobs of the last round, which nobody needs any more."""
+
+    def outcome_for(self, request: str) -> Outcome | None:
+        """Of the round that was begun for a checkpoint; None while there is none, or once it was long ago."""
+        return next((outcome for outcome in self.outcomes if request in outcome.requests), None)
+
+    def knows(self, request: str) -> bool:
+        waiting = self.requests + (self.round.requests if self.round else ())
+        return request in waiting or self.outcome_for(request) is not None
+
+
+def shared_disk(one: GroupRecord, other: GroupRecord) -> str:
+    """A disk that is in both groups, as VM/DISK of the first; "" if there is none. A monitor is one machine, however
+    it is called."""
+    theirs = {(m.host, m.qmp, disk) for m in other.spec.members for disk in m.disks}
+    for member in one.spec.members:
+        for disk in member.disks:
+            if (member.host, member.qmp, disk) in theirs:
+                return f"{member.vm}/{disk}"
+    return ""
+
+
+def share_a_machine(one: GroupSpec, other: GroupSpec) -> bool:
+    return not {(m.host, m.qmp) for m in one.members}.isdisjoint((m.host, m.qmp) for m in other.members)

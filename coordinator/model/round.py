@@ -1,0 +1,406 @@
+"""The next action of a group's round: the control loop's decisions about groups, without its I/O.
+
+What a round has begun is found again by its name (jobs are called after it, its epoch by its number), so every action
+may be taken again; a round moves on (`Keep`) only by what is seen of jobs and epochs, never by having asked for it.
+All or nothing: whatever one disk or one machine fails at ends the round, and the point before it stays the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
+from typing import Any
+
+from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, Phase
+from coordinator.model.events import EventName
+from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage
+from coordinator.model.job import JobRecord, JobSpec, State, Sync
+from coordinator.model.point import Decision, MachineCut, Member
+from coordinator.model.repository_uri import parse_repository
+from coordinator.model.task import (
+    AbandonEpoch,
+    DecidedEpoch,
+    EpochPart,
+    EpochTask,
+    OpenedEpoch,
+    OpenEpoch,
+    PublishEpoch,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What of a group's round was found: all its jobs that exist, by their ids, and the group's newest epoch."""
+
+    jobs: Mapping[str, JobRecord] = dataclass_field(default_factory=dict)
+    epoch: Epoch | None = None
+    busy: str = ""
+    """Another group that is just cutting one of these machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Record how the group stands now; `sentence` is what the control loop logs."""
+
+    sentence: str
+    group: GroupRecord
+    events: tuple[tuple[EventName, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    jobs: Mapping[str, JobSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Open the ledger's epoch, with a number greater than `after`."""
+
+    spec: EpochSpec
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    number: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """By force: what was copied is worth nothing."""
+
+    jobs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finalize:
+    jobs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    jobs: tuple[str, ...]
+
+
+Action = Keep | Submit | Begin | GiveUp | Retire | Cancel | Finalize | Dismiss
+
+
+def jobs_of(group: GroupRecord) -> tuple[str, ...]:
+    """Every job that a round of the group may have, and those that it is done with."""
+    at_work = group.round
+    if at_work is None:
+        return group.done_with
+    return (*group.done_with, _job(at_work, "open"), *_copies(at_work), _job(at_work, "publish"), _job(at_work, "end"))
+
+
+def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Action | None:
+    """None: wait for jobs, agents or users. A new round is called `round_id`."""
+    if group.done_with:
+        there = tuple(job_id for job_id in group.done_with if job_id in seen.jobs)
+        return Dismiss(there) if there else Keep("has put away the jobs of its last round", _with(group, done_with=()))
+    if group.round is None:
+        return _begin(group, round_id, now) if group.requests else None
+    return _STAGES[group.round.stage](group, group.round, seen, now)
+
+
+def owner_of(group: str, round_id: str) -> str:
+    """As the hold of its epoch names it."""
+    return f"group {group} round {round_id}"
+
+
+def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
+    begun = Round(id=round_id, spec=group.spec, begun_at=now, requests=group.requests)
+    return Keep("begins a round", _with(group, round=begun, requests=()))
+
+
+def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
+    job_id = _job(at_work, "open")
+    job = seen.jobs.get(job_id)
+    if job is None:
+        task = OpenEpoch(
+            repository=at_work.spec.repository,
+            group=group.name,
+            owner=owner_of(group.name, at_work.id),
+            at_least=group.counted + 1,
+            disks=at_work.spec.disks,
+        )
+        return Submit({job_id: JobSpec(task=task)})
+    if job.state is not State.CONCLUDED:
+        return None
+    if not _succeeded(job):
+        return _end(group, at_work, _failure(job))
+    opened = OpenedEpoch.model_validate_json(job.result)
+    moved = at_work.model_copy(
+        update={
+            "stage": Stage.STARTING,
+            "number": opened.number,
+            "repository": opened.repository,
+            "parents": opened.parents,
+            "pins": opened.pins,
+        }
+    )
+    counted = max(group.counted, opened.number)
+    return Keep(f"has announced epoch {opened.number}", _with(group, round=moved, counted=counted))
+
+
+def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
+    epoch = seen.epoch
+    if epoch is not None and epoch.number == at_work.number:
+        return Keep("has begun its epoch", _moved(group, at_work, Stage.CUTTING))
+    if epoch is not None and epoch.number > at_work.number:
+        counted = max(group.counted, epoch.number)
+        return _end(_with(group, counted=counted), at_work, f"the ledger has counted to {epoch.number} meanwhile")
+    if epoch is not None and not epoch.is_over:
+        return GiveUp(epoch.number, "another one is begun")
+    if seen.busy:
+        return None
+    policy = at_work.spec.policy
+    spec = EpochSpec(
+        participants=at_work.spec.members,
+        prepare_ms=round(policy.prepare_timeout * 1000),
+        freeze_ms=round(policy.freeze_timeout * 1000),
+        hold_ms=round(policy.hold_timeout * 1000),
+        repository=at_work.repository,
+        parents=at_work.parents,
+    )
+    return Begin(spec, at_work.number - 1)
+
+
+def _cutting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
+    if lost := _lost(at_work, seen):
+        return _end(group, at_work, lost)
+    assert seen.epoch is not None
+    if seen.epoch.phase is not Phase.READABLE:
+        return None
+    return Keep("is cut, and can be read", _moved(group, at_work, Stage.COPYING))
+
+
+def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
+    if lost := _lost(at_work, seen):
+        return _end(group, at_work, lost)
+    assert seen.epoch is not None
+    copies = _copies(at_work)
+    missing = [job_id for job_id in copies if job_id not in seen.jobs]
+    if missing:
+        specs = dict(zip(copies, _specs(group, at_work, seen.epoch), strict=True))
+        return Submit({job_id: specs[job_id] for job_id in missing})
+    jobs = [seen.jobs[job_id] for job_id in copies]
+    for disk, job in zip(at_work.spec.disks, jobs, strict=True):
+        if job.state is State.CONCLUDED and not _succeeded(job):
+            return _end(group, at_work, f"{disk}: {_failure(job)}")
+    if not all(job.state in (State.PENDING, State.CONCLUDED) for job in jobs):
+        return None
+    return Keep("is copied", _moved(group, at_work, Stage.PUBLISHING))
+
+
+def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
+    job_id, copies = _job(at_work, "publish"), _copies(at_work)
+    job = seen.jobs.get(job_id)
+    if job is None:
+        if lost := _lost(at_work, seen):
+            return _end(group, at_work, lost)
+        gone = [copy for copy in copies if copy not in seen.jobs]
+        if gone:
+            return _end(group, at_work, f"job {gone[0]} is gone")
+        assert seen.epoch is not None
+        task = PublishEpoch(
+            repository=at_work.spec.repository,
+            owner=owner_of(group.name, at_work.id),
+            decision=_decision(group, at_work, seen, seen.epoch),
+        )
+        return Submit({job_id: JobSpec(task=task)})
+    if job.state is not State.CONCLUDED:
+        return None
+    if not _succeeded(job):
+        return _end(group, at_work, _failure(job))
+    going = [job for copy in copies if (job := seen.jobs.get(copy)) and job.state is not State.CONCLUDED]
+    if going:
+        pending = tuple(job.id for job in going if not job.finalize_requested)
+        return Finalize(pending) if pending else None
+    if (retire := _retire(at_work, seen)) is not None:
+        return retire
+    return _over(group, at_work, seen, now)
+
+
+def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
+    epoch = seen.epoch
+    if epoch is not None and epoch.number == at_work.number and not epoch.is_over:
+        return GiveUp(epoch.number, at_work.why)
+    begun = [_job(at_work, "open"), *_copies(at_work), _job(at_work, "publish")]
+    going = [job for job_id in begun if (job := seen.jobs.get(job_id)) and job.state is not State.CONCLUDED]
+    if going:
+        cancelled = tuple(job.id for job in going if job.cancel_requested != "force")
+        return Cancel(cancelled) if cancelled else None
+    job_id = _job(at_work, "end")
+    job = seen.jobs.get(job_id)
+    if job is None and at_work.number > 0:
+        task = AbandonEpoch(
+            repository=at_work.spec.repository,
+            group=group.name,
+            owner=owner_of(group.name, at_work.id),
+            number=at_work.number,
+            why=at_work.why,
+        )
+        return Submit({job_id: JobSpec(task=task)})
+    if job is not None and job.state is not State.CONCLUDED:
+        return None
+    return _over(group, at_work, seen, now)
+
+
+_STAGES = {
+    Stage.OPENING: _opening,
+    Stage.STARTING: _starting,
+    Stage.CUTTING: _cutting,
+    Stage.COPYING: _copying,
+    Stage.PUBLISHING: _publishing,
+    Stage.ENDING: _ending,
+}
+
+
+def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
+    """Published by whichever job found its manifest; jobs of a round that failed are left for people to look at."""
+    deciding = [seen.jobs.get(_job(at_work, "publish")), seen.jobs.get(_job(at_work, "end"))]
+    is_point = any(job is not None and _succeeded(job) and _is_point(job) for job in deciding)
+    cut_at = _cut_at(seen.epoch) if seen.epoch is not None and seen.epoch.number == at_work.number else 0.0
+    outcome = Outcome(
+        round=at_work.id,
+        requests=at_work.requests,
+        number=at_work.number,
+        published=is_point,
+        why="" if is_point else at_work.why,
+        begun_at=at_work.begun_at,
+        ended_at=now,
+        cut_at=cut_at if is_point else 0.0,
+    )
+    changes: dict[str, Any] = {"round": None, "outcomes": (*group.outcomes, outcome)[-OUTCOMES_KEPT:]}
+    name = f"{group.name}@{at_work.number}"
+    if is_point:
+        there = tuple(job_id for job_id in jobs_of(group) if job_id in seen.jobs)
+        changes |= {"published": at_work.number, "published_cut_at": cut_at, "done_with": there}
+        return Keep(f"has published {name}", _with(group, **changes))
+    aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
+    return Keep(
+        f"ends its round without a point: {at_work.why}",
+        _with(group, **changes),
+        ((EventName.GROUP_ABORTED, aborted),),
+    )
+
+
+def _end(group: GroupRecord, at_work: Round, why: str) -> Keep:
+    ending = at_work.model_copy(update={"stage": Stage.ENDING, "why": why})
+    return Keep(f"gives its round up: {why}", _with(group, round=ending))
+
+
+def _lost(at_work: Round, seen: Seen) -> str:
+    """Why nothing can come of the round's epoch any more; "" while something can."""
+    if seen.epoch is None or seen.epoch.number != at_work.number:
+        return f"the ledger has lost epoch {at_work.number}"
+    return seen.epoch.why if seen.epoch.phase is Phase.ABORTED else ""
+
+
+def _retire(at_work: Round, seen: Seen) -> Retire | None:
+    """Agents may drop what they hold. An epoch that was aborted or lost meanwhile is published all the same: its
+    bitmaps go with the next one."""
+    is_ours = seen.epoch is not None and seen.epoch.number == at_work.number
+    return Retire(at_work.number) if is_ours and seen.epoch and seen.epoch.phase is Phase.READABLE else None
+
+
+def _specs(group: GroupRecord, at_work: Round, epoch: Epoch) -> list[JobSpec]:
+    """One a disk, in their order."""
+    uri = parse_repository(at_work.spec.repository).repository
+    specs = []
+    for member in at_work.spec.members:
+        copies = {copy.disk: copy for copy in epoch.reads[member.vm].copies}
+        for name in member.disks:
+            copy, disk = copies[name], f"{member.vm}/{name}"
+            specs.append(
+                JobSpec(
+                    source=copy.path,
+                    target=str(replace(uri, group=group.name, disk=disk)),
+                    sync=Sync.TOP if copy.since else Sync.FULL,
+                    source_frozen=True,
+                    auto_finalize=False,
+                    part=_part(group, at_work, epoch, disk, copy),
+                )
+            )
+    return specs
+
+
+def _part(group: GroupRecord, at_work: Round, epoch: Epoch, disk: str, copy: DiskCopy) -> EpochPart:
+    return EpochPart(
+        number=at_work.number,
+        owner=owner_of(group.name, at_work.id),
+        pins=at_work.pins,
+        parent=at_work.parents.get(disk, 0),
+        since=copy.since,
+        reason=copy.reason,
+        cut_at=_cut_at(epoch),
+    )
+
+
+def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> Decision:
+    cuts = epoch.cuts
+    machines = [
+        MachineCut(
+            vm=member.vm,
+            cut_at=cuts[member.vm].cut_at,
+            freeze_ms=round(cuts[member.vm].freeze_ms, 3),
+            filesystem_consistent=cuts[member.vm].filesystem_consistent,
+            fallback=cuts[member.vm].fallback,
+        )
+        for member in at_work.spec.members
+    ]
+    is_quiet = all(machine.filesystem_consistent for machine in machines)
+    return Decision(
+        decision="manifest",
+        repository=at_work.repository,
+        group=group.name,
+        epoch=at_work.number,
+        job=owner_of(group.name, at_work.id),
+        cut_at=_cut_at(epoch),
+        consistency="filesystem" if is_quiet else "crash",
+        members=tuple(Member.model_validate_json(seen.jobs[job_id].result) for job_id in _copies(at_work)),
+        machines=tuple(machines),
+        spec=at_work.spec.model_dump(mode="json", exclude_defaults=True),
+    )
+
+
+def _cut_at(epoch: Epoch) -> float:
+    """Of the point: the earliest of its machines', so that no age of it is understated; 0 if none was cut."""
+    return min((cut.cut_at for cut in epoch.cuts.values()), default=0.0)
+
+
+def _job(at_work: Round, what: str) -> str:
+    return f"{at_work.id}-{what}"
+
+
+def _copies(at_work: Round) -> list[str]:
+    return [_job(at_work, str(number)) for number, _ in enumerate(at_work.spec.disks)]
+
+
+def _succeeded(job: JobRecord) -> bool:
+    return job.state is State.CONCLUDED and not job.failed and not job.cancelled
+
+
+def _failure(job: JobRecord) -> str:
+    return job.error or f"job {job.id} was cancelled"
+
+
+def _is_point(job: JobRecord) -> bool:
+    task: EpochTask | Any = job.spec.task
+    return isinstance(task, PublishEpoch | AbandonEpoch) and DecidedEpoch.model_validate_json(job.result).is_point
+
+
+def _moved(group: GroupRecord, at_work: Round, stage: Stage) -> GroupRecord:
+    return _with(group, round=at_work.model_copy(update={"stage": stage}))
+
+
+def _with(group: GroupRecord, **changes: Any) -> GroupRecord:
+    return group.model_copy(update=changes)

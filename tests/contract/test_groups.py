@@ -1,0 +1,88 @@
+"""What ledgers do for groups, over each implementation."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.ledger import GROUP_WAKE, ConflictError, DeposedError, Ledger, NewEvent, Term
+from coordinator.model.epoch import Participant
+from coordinator.model.errors import NotFoundError
+from coordinator.model.events import EventName
+from coordinator.model.group import GroupRecord, GroupSpec
+from coordinator.model.job import JobSpec
+
+SPEC = GroupSpec(
+    repository="repo+file:///r", members=(Participant(vm="db", host="hv1", qmp="/run/db.qmp", disks=("vda",)),)
+)
+SHOP = GroupRecord(name="shop", spec=SPEC)
+JOB = JobSpec(source="/a", target="/b")
+
+
+def led(ledger: Ledger) -> Term:
+    term = ledger.lead("me", 60_000)
+    assert term is not None
+    return term
+
+
+def woken(ledger: Ledger) -> list[str]:
+    found = []
+    while (name := ledger.next_wake(0)) is not None:
+        found.append(name)
+    return found
+
+
+def test_a_group_is_recorded_and_found_by_its_name(ledger: Ledger) -> None:
+    kept = ledger.put_group(SHOP)
+    mail = ledger.put_group(SHOP.model_copy(update={"name": "mail"}))
+    assert kept == SHOP.model_copy(update={"version": 1})
+    assert ledger.group("shop") == kept
+    assert ledger.groups() == [mail, kept]
+    with pytest.raises(NotFoundError, match="there is no group 'none'"):
+        ledger.group("none")
+
+
+def test_only_who_has_seen_the_last_change_of_a_group_changes_it(ledger: Ledger) -> None:
+    first = ledger.put_group(SHOP)
+    with pytest.raises(ConflictError, match="'shop' changed meanwhile"):
+        ledger.put_group(SHOP)
+    second = ledger.put_group(first.model_copy(update={"requests": ("a",)}))
+    with pytest.raises(ConflictError):
+        ledger.put_group(first.model_copy(update={"requests": ("b",)}))
+    assert ledger.group("shop") == second
+    assert second.version == 2
+
+
+def test_a_change_of_a_group_wakes_the_leader_and_tells_its_events(ledger: Ledger) -> None:
+    ledger.put_group(SHOP, events=[NewEvent(EventName.GROUP_ABORTED, {"group": "shop", "epoch": 3, "error": "why"})])
+    assert woken(ledger) == [f"{GROUP_WAKE}shop"]
+    (event,) = ledger.events()
+    assert (event["event"], event["job"]) == ("GROUP_ABORTED", "")
+    assert event["data"] == {"group": "shop", "epoch": 3, "error": "why"}
+
+
+def test_a_coordinator_that_was_deposed_changes_no_group_and_makes_no_job(ledger: Ledger) -> None:
+    old = led(ledger)
+    ledger.resign(old)
+    term = ledger.lead("another", 60_000)
+    assert term is not None
+    with pytest.raises(DeposedError):
+        ledger.put_group(SHOP, term=old)
+    assert ledger.groups() == []
+    with pytest.raises(DeposedError):
+        ledger.submit("job1", JOB, term=old)
+    assert ledger.jobs() == []
+    assert ledger.put_group(SHOP, term=term).version == 1
+    assert ledger.submit("job1", JOB, term=term).id == "job1"
+    assert ledger.submit("job1", JOB, term=term) == ledger.job("job1").job
+
+
+def test_a_group_is_removed_by_who_has_seen_it_last(ledger: Ledger) -> None:
+    first = ledger.put_group(SHOP)
+    ledger.put_group(first)
+    with pytest.raises(ConflictError):
+        ledger.remove_group("shop", first.version)
+    ledger.remove_group("shop", 2)
+    assert ledger.groups() == []
+    with pytest.raises(NotFoundError):
+        ledger.remove_group("shop", 2)
+    assert ledger.put_group(SHOP).version == 1

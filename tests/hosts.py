@@ -1,0 +1,67 @@
+"""Hosts of live guests: an agent and a guard each, as an operator would start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from coordinator.model.epoch import Epoch
+from tests.live_guest import LiveGuest
+from tests.stack import Process, wait_until
+
+STEP_S = 30.0
+
+
+class Host:
+    """An agent and a guard, as an operator would start them, and the guest they look after."""
+
+    def __init__(self, name: str, directory: Path, guest: LiveGuest, environ: Mapping[str, str]) -> None:
+        self.name = name
+        self.guest = guest
+        self.scratch = directory / "scratch"
+        self._directory = directory
+        directory.mkdir()
+        self._environ = {
+            **os.environ,
+            **environ,
+            "FLUSHPOINT_GUARD_SOCKET": str(directory / "guard"),
+            "FLUSHPOINT_JOURNAL_DIR": str(directory / "frozen"),
+            "FLUSHPOINT_SCRATCH_DIR": str(self.scratch),
+        }
+        self.guard = self._started(["guard"], self._environ)
+        wait_until((directory / "guard").exists, "the guard's socket", STEP_S)
+        self.agent: Process | None = None
+
+    def start_agent(self, failpoint: str = "") -> None:
+        """In the place of the one before, which has ended; ready when this returns. `failpoint` is NAME:ACTION."""
+        self.end_agent()
+        self.trip = self._directory / "tripped"
+        self.trip.unlink(missing_ok=True)
+        environ = {**self._environ, "FLUSHPOINT_FAILPOINT": f"{failpoint}:{self.trip}"} if failpoint else self._environ
+        (self._directory / "agent.log").unlink(missing_ok=True)
+        self.agent = self._started(["agent", "--host", self.name], environ)
+        log = self.agent.log
+        wait_until(lambda: "ready" in log.read_text(), f"the agent of {self.name}", STEP_S)
+
+    def end_agent(self) -> None:
+        if self.agent is not None:
+            self.agent.terminate()
+
+    def signal_agent(self, number: signal.Signals) -> None:
+        assert self.agent is not None
+        os.kill(self.agent.pid, number)
+
+    def _started(self, words: list[str], environ: dict[str, str]) -> Process:
+        return Process([sys.executable, "-m", "flushpoint", *words], self._directory / f"{words[0]}.log", environ)
+
+    def staged(self, epoch: Epoch) -> Path:
+        disk = self.guest.disks[0].name
+        return self.scratch / epoch.name / self.guest.directory.name / f"{disk}.qcow2"
+
+    def kill(self) -> None:
+        for process in (self.agent, self.guard):
+            if process is not None:
+                process.kill()
