@@ -16,8 +16,6 @@ from pydantic.alias_generators import to_camel
 from coordinator.model.epoch import Participant
 from coordinator.model.repository_uri import parse_repository
 
-API_VERSION = "flushpoint/v1"
-KIND = "ConsistencyGroup"
 OUTCOMES_KEPT = 20
 LONGEST_HOLD_S = 1800.0
 """Nobody renews the epoch's hold in the repository while views are held: this has to be far less than an hour."""
@@ -101,6 +99,11 @@ class GroupFile(_Words):
     kind: Literal["ConsistencyGroup"]
     metadata: GroupMetadata
     spec: GroupSpec
+
+    @classmethod
+    def schema_of_file(cls) -> dict[str, Any]:
+        """JSON schema, as config/group.schema.json has it for editors."""
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
 
 
 class Stage(enum.StrEnum):

@@ -20,6 +20,7 @@ from coordinator.model.task import RepositoryTask, TaskKind
 from coordinator.model.uri import FORMATS, NOWHERE, absolute
 from coordinator.model.view import JobView
 from flushpoint.cli import output, session, waiting
+from flushpoint.cli.groups import repository_of
 
 RepositoryOption = Annotated[
     str,
@@ -28,7 +29,8 @@ RepositoryOption = Annotated[
         "-r",
         envvar="FLUSHPOINT_REPOSITORY",
         metavar="URI",
-        help="Where the points are: s3://bucket/prefix or repo+file:///dir; ?key=file:/… if it is encrypted.",
+        help="Where the points are: s3://bucket/prefix or repo+file:///dir; ?key=file:/… if it is encrypted. By default"
+        " where the group's file says.",
     ),
 ]
 PointArgument = Annotated[str, typer.Argument(metavar="GROUP[@POINT]", help="A point; without @POINT the newest.")]
@@ -42,11 +44,11 @@ def register(app: typer.Typer) -> None:
 
 def points(
     group: Annotated[str, typer.Argument(help="The group, or the name a single disk was mirrored by.")],
-    repository: RepositoryOption,
+    repository: RepositoryOption = "",
     as_json: output.JsonOption = False,
 ) -> None:
     """List the recovery points of a group, oldest first."""
-    known = _scanned(parse_repository(repository), group)
+    known = _scanned(parse_repository(repository_of(group, repository)), group)
     found = _points_of(known, group)
     if as_json:
         print(json.dumps([point.model_dump(mode="json") for point in found]))
@@ -64,7 +66,7 @@ def restore(
         list[str],
         typer.Option("--to", metavar="PLACE", help="A directory, a disk's name or URI, or VM/DISK=PLACE for each."),
     ],
-    repository: RepositoryOption,
+    repository: RepositoryOption = "",
     disk: DiskOption = "",
     image_format: Annotated[str, typer.Option("--format", help="Of files made in a directory: raw or qcow2.")] = "raw",
     update: Annotated[
@@ -95,7 +97,7 @@ def restore(
 
 
 def verify(
-    point: PointArgument, repository: RepositoryOption, disk: DiskOption = "", as_json: output.JsonOption = False
+    point: PointArgument, repository: RepositoryOption = "", disk: DiskOption = "", as_json: output.JsonOption = False
 ) -> None:
     """Read every block of a recovery point and compare it with its digest. Exit code 5: damage was found."""
     uri, chosen = _chosen(repository, point, disk)
@@ -105,7 +107,7 @@ def verify(
 
 def serve(
     point: PointArgument,
-    repository: RepositoryOption,
+    repository: RepositoryOption = "",
     disk: DiskOption = "",
     socket: Annotated[str, typer.Option(metavar="PATH", help="Unix socket to listen on; else one is made.")] = "",
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="TCP address to listen on instead.")] = "",
@@ -120,14 +122,15 @@ def serve(
     ] = "",
     as_json: output.JsonOption = False,
 ) -> None:
-    """Offer the disks of a recovery point as NBD exports, at once, until interrupted. Needs no coordinator.
+    """Offer the disks of a recovery point as NBD exports, at once, until interrupted. With --repository, needs no
+    coordinator.
 
     Prints the URI of each, a line each, or all of them as JSON in one line; and on stderr how to boot a VM from them.
     """
     from flushpoint.supervisor import DEFAULTS
 
     group, number = _parsed(point)
-    uri = str(replace(parse_repository(repository), group=group, point=number))
+    uri = str(replace(parse_repository(repository_of(group, repository)), group=group, point=number))
     here = Path.cwd()
     options = [
         *(("--disk", disk) if disk else ()),
@@ -145,7 +148,7 @@ def serve(
 
 def prune(
     group: Annotated[str, typer.Argument(help="The group.")],
-    repository: RepositoryOption,
+    repository: RepositoryOption = "",
     keep_last: Annotated[int, typer.Option(min=0)] = 0,
     keep_hourly: Annotated[int, typer.Option(min=0)] = 0,
     keep_daily: Annotated[int, typer.Option(min=0)] = 0,
@@ -170,7 +173,7 @@ def prune(
         raise UsageError("nothing says which points to keep", "give --keep-last N, --keep-daily N or another")
     task = RepositoryTask(
         kind=TaskKind.PRUNE,
-        repository=repository,
+        repository=repository_of(group, repository),
         groups=(group,),
         retention=retention,
         forget_damaged=forget_damaged,
@@ -264,7 +267,7 @@ def _table(found: list[PointRecord]) -> str:
 def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, PointRecord]:
     """The point that was named, and its URI."""
     group, number = _parsed(point)
-    uri = parse_repository(repository)
+    uri = parse_repository(repository_of(group, repository))
     known = _scanned(uri, group)
     epoch = max([*known.epochs, *known.damaged]) if number == LATEST else number
     if epoch in known.damaged:

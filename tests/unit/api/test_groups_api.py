@@ -1,0 +1,113 @@
+"""Groups over the API: applied, looked at, asked for checkpoints; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from coordinator.api.app import make_api
+from coordinator.api.feed import EventFeed
+from coordinator.ledger import MemoryLedger
+from coordinator.model.group import Outcome, Round
+
+MEMBER = {"vm": "db", "host": "hv1", "qmp": "/run/db.qmp", "disks": ["vda"]}
+SPEC: dict[str, Any] = {"repository": "repo+file:///r", "policy": {"freezeTimeout": "2s"}, "members": [MEMBER]}
+
+
+@pytest.fixture
+def ledger() -> MemoryLedger:
+    return MemoryLedger()
+
+
+@pytest.fixture
+def api(ledger: MemoryLedger) -> Iterator[TestClient]:
+    with TestClient(make_api(ledger, lambda: True, EventFeed(ledger)), raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_a_group_is_applied_once_however_often_that_is_asked(api: TestClient, ledger: MemoryLedger) -> None:
+    first = api.put("/v1/groups/shop", json=SPEC).json()
+    assert first["spec"]["policy"]["freezeTimeout"] == 2.0
+    assert api.put("/v1/groups/shop", json=SPEC).json() == first
+    changed = api.put("/v1/groups/shop", json={**SPEC, "policy": {}}).json()
+    assert changed["version"] == first["version"] + 1
+    assert api.get("/v1/groups/shop").json() == changed
+    assert api.get("/v1/groups").json() == {"groups": [changed]}
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({}, "repository"),
+        ({**SPEC, "members": []}, "members"),
+        ({**SPEC, "policy": {"freezeTimeout": "soon"}}, "soon"),
+        ({**SPEC, "members": [MEMBER, MEMBER]}, "named twice"),
+        ({**SPEC, "repository": "/r"}, "/r"),
+        ({**SPEC, "mirror": True}, "mirror"),
+    ],
+)
+def test_a_bad_spec_is_a_problem_that_names_what_is_wrong(
+    api: TestClient, ledger: MemoryLedger, body: dict[str, Any], named: str
+) -> None:
+    answer = api.put("/v1/groups/shop", json=body)
+    assert answer.status_code == 422
+    assert named in answer.json()["detail"]
+    assert ledger.groups() == []
+
+
+def test_a_group_is_called_by_a_name(api: TestClient) -> None:
+    assert api.put("/v1/groups/a%20shop", json=SPEC).status_code == 422
+    assert api.get("/v1/groups/shop").status_code == 404
+
+
+def test_a_disk_is_in_one_group(api: TestClient) -> None:
+    api.put("/v1/groups/shop", json=SPEC)
+    answer = api.put("/v1/groups/mail", json=SPEC)
+    assert answer.status_code == 409
+    assert answer.json()["detail"] == "db/vda is in group 'shop' already"
+    assert api.put("/v1/groups/mail", json={**SPEC, "members": [{**MEMBER, "disks": ["vdb"]}]}).status_code == 200
+
+
+def test_a_checkpoint_is_asked_for_and_looked_after(api: TestClient, ledger: MemoryLedger) -> None:
+    api.put("/v1/groups/shop", json=SPEC)
+    headers = {"Idempotency-Key": "k"}
+    asked = api.post("/v1/groups/shop/checkpoints", headers=headers)
+    assert (asked.status_code, asked.json()["state"]) == (202, "waiting")
+    assert api.post("/v1/groups/shop/checkpoints", headers=headers).json() == asked.json()
+    group = ledger.group("shop")
+    assert group.requests == ("k",)
+    running = Round(id="r", spec=group.spec, begun_at=1.0, requests=("k",))
+    group = ledger.put_group(group.model_copy(update={"requests": (), "round": running}))
+    found = api.get("/v1/groups/shop/checkpoints/k").json()
+    assert (found["state"], found["stage"]) == ("running", "opening")
+    assert api.delete("/v1/groups/shop").status_code == 409
+    over = Outcome(round="r", requests=("k",), number=3, published=True, begun_at=1.0, ended_at=2.0)
+    ledger.put_group(group.model_copy(update={"round": None, "outcomes": (over,)}))
+    found = api.get("/v1/groups/shop/checkpoints/k?wait=10").json()
+    assert (found["state"], found["point"]) == ("published", 3)
+    assert api.post("/v1/groups/shop/checkpoints", headers=headers).json() == found
+    assert api.get("/v1/groups/shop/checkpoints/other").status_code == 404
+    assert api.post("/v1/groups/none/checkpoints").status_code == 404
+
+
+def test_a_group_is_forgotten(api: TestClient) -> None:
+    api.put("/v1/groups/shop", json=SPEC)
+    assert api.delete("/v1/groups/shop").status_code == 204
+    assert api.delete("/v1/groups/shop").status_code == 404
+
+
+def test_jobs_of_groups_are_made_by_groups_alone(api: TestClient, ledger: MemoryLedger) -> None:
+    part = {"number": 1, "owner": "me", "parent": 0, "since": 0, "cut_at": 1.0}
+    bodies: list[dict[str, Any]] = [
+        {"source": "/a", "target": "repo+file:///r?group=shop&disk=db/vda", "part": part},
+        {"task": {"kind": "abandon-epoch", "repository": "repo+file:///r", "group": "shop", "owner": "me"}},
+    ]
+    bodies[1]["task"] |= {"number": 1, "why": "because"}
+    for body in bodies:
+        answer = api.post("/v1/jobs", json=body)
+        assert answer.status_code == 409, answer.json()
+        assert "group shop" in answer.json()["detail"]
+    assert ledger.jobs() == []

@@ -1,0 +1,100 @@
+"""Files of groups, and what groups must not share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from coordinator.model.epoch import Participant
+from coordinator.model.errors import UsageError
+from coordinator.model.group import GroupFile, GroupRecord, GroupSpec, share_a_machine, shared_disk
+
+CONFIG = Path(__file__).parents[3] / "config"
+EXAMPLE = yaml.safe_load((CONFIG / "group.yaml").read_text())
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The example with one of its values replaced."""
+    document: dict[str, Any] = json.loads(json.dumps(EXAMPLE))
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place: Any = document
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    return document
+
+
+def test_the_example_says_what_it_seems_to() -> None:
+    group = GroupFile.model_validate(EXAMPLE)
+    assert group.metadata.name == "shop"
+    assert group.spec.policy.freeze_timeout == 1.0
+    assert group.spec.policy.hold_timeout == 600.0
+    assert group.spec.disks == ("db/vda", "db/vdb", "web/vda")
+
+
+def test_the_published_schema_is_that_of_the_model_and_takes_the_example() -> None:
+    """After a change: flushpoint apply --schema > config/group.schema.json"""
+    published = json.loads((CONFIG / "group.schema.json").read_text())
+    assert published == GroupFile.schema_of_file()
+    jsonschema.Draft202012Validator.check_schema(published)
+    jsonschema.validate(EXAMPLE, published)
+
+
+def test_a_group_reads_the_same_after_it_was_written() -> None:
+    group = GroupFile.model_validate(EXAMPLE)
+    assert GroupFile.model_validate_json(group.model_dump_json()) == group
+    assert '"freezeTimeout":1.0' in group.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("500ms", 0.5), ("5s", 5.0), ("0.5 m", 30.0), ("0.001h", 3.6), (2, 2.0), (0.25, 0.25)]
+)
+def test_durations_are_numbers_of_seconds_or_text_with_a_unit(text: object, seconds: float) -> None:
+    assert GroupFile.model_validate(changed("spec.policy.freezeTimeout", text)).spec.policy.freeze_timeout == seconds
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("apiVersion", "flushpoint/v2", "flushpoint/v1"),
+        ("kind", "Pod", "ConsistencyGroup"),
+        ("metadata.name", "a shop", "pattern"),
+        ("spec.repository", "s3://backups/shop?group=mail", "leave those out"),
+        ("spec.repository", "/srv/backups", "no repository"),
+        ("spec.policy.freezeTimeout", "a moment", "no duration"),
+        ("spec.policy.freezeTimeout", 0, "greater than 0"),
+        ("spec.policy.freezeTimeout", "10m", "less than or equal to 60"),
+        ("spec.policy.freeze", "1s", "not permitted"),
+        ("spec.members", [], "at least 1"),
+        ("spec.members.0.disks", [], "at least 1"),
+        ("spec.members.0.disks", ["vda", "vda"], "named twice"),
+        ("spec.members.1.vm", "db", "named twice"),
+        ("spec.members.0.qmp", "db.qmp", "absolute path"),
+        ("spec.members.0.host", "hv 1", "no name"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(path: str, value: object, message: str) -> None:
+    with pytest.raises((ValidationError, UsageError), match=message):
+        GroupFile.model_validate(changed(path, value))
+
+
+def group(*members: Participant) -> GroupRecord:
+    return GroupRecord(name="group", spec=GroupSpec(repository="repo+file:///r", members=members))
+
+
+def test_a_disk_is_known_by_its_monitor_however_its_machine_is_called() -> None:
+    db = Participant(vm="db", host="hv1", qmp="/db", disks=("vda", "vdb"))
+    same = Participant(vm="other", host="hv1", qmp="/db", disks=("vdb",))
+    free = Participant(vm="db", host="hv1", qmp="/db", disks=("vdc",))
+    elsewhere = Participant(vm="db", host="hv2", qmp="/db", disks=("vda",))
+    assert shared_disk(group(db), group(same)) == "db/vdb"
+    assert shared_disk(group(db), group(free)) == ""
+    assert shared_disk(group(db), group(elsewhere)) == ""
+    assert share_a_machine(group(db).spec, group(free).spec)
+    assert not share_a_machine(group(db).spec, group(elsewhere).spec)

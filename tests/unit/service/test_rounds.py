@@ -1,0 +1,452 @@
+"""Rounds of a group over the in-memory ledger: whatever fails, dies or comes late, a point is whole or is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.ledger import MemoryBarrier, MemoryLedger
+from coordinator.model.epoch import (
+    CutFacts,
+    DiskCopy,
+    DiskView,
+    Epoch,
+    EpochSpec,
+    GoKey,
+    Participant,
+    Phase,
+    ReadFacts,
+    ViewKind,
+)
+from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
+from coordinator.model.extent import Extent, Status
+from coordinator.model.group import GroupPolicy, GroupRecord, GroupSpec, Stage
+from coordinator.model.job import State, Sync, Verb
+from coordinator.model.point import Decision, Member
+from coordinator.model.round import owner_of
+from coordinator.model.step import VerbArguments, apply_verb
+from coordinator.model.task import AbandonEpoch, OpenEpoch, PublishEpoch
+from coordinator.model.units import UnitKind, plan_units
+from coordinator.service.control import ControlLoop
+from coordinator.settings import Settings
+
+LEASE_MS = 1000
+MEMBERS = (
+    Participant(vm="db", host="hv1", qmp="/db", disks=("vda", "vdb")),
+    Participant(vm="web", host="hv2", qmp="/web", disks=("vda",)),
+)
+SPEC = GroupSpec(repository="repo+file:///r", members=MEMBERS, policy=GroupPolicy(freeze_timeout=5, hold_timeout=60))
+SETTINGS = Settings(cycle_s=0.0005, leader_ttl_s=5, max_attempts=2)
+
+
+class World:
+    """A ledger whose clock is ours, a repository of decisions, movers, agents and coordinators that may die."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        self.ledger = MemoryLedger(lambda: self.now)
+        self.decisions: dict[int, Decision] = {}
+        self.holds: dict[int, str] = {}
+        self.copied: dict[int, set[str]] = {}
+        """By epoch, the disks whose roots were written."""
+        self.control = self.coordinator()
+        self.ledger.put_group(GroupRecord(name="shop", spec=SPEC))
+
+    def coordinator(self) -> ControlLoop:
+        return ControlLoop(self.ledger, SETTINGS, lambda: None, lambda: self.now)
+
+    @property
+    def group(self) -> GroupRecord:
+        return self.ledger.group("shop")
+
+    def ask(self) -> str:
+        request = secrets.token_hex(4)
+        group = self.group
+        self.ledger.put_group(group.model_copy(update={"requests": (*group.requests, request)}))
+        return request
+
+    def cycle(self) -> None:
+        self.now += 0.01
+        for _ in range(3):
+            self.control.cycle()
+
+    def replace_coordinator(self) -> None:
+        """The one before sleeps on, and may go on whenever it likes."""
+        self.now += 6
+        self.control = self.coordinator()
+
+    # -- movers ------------------------------------------------------------------------------------------------
+
+    def mover(self, fails: Callable[[], bool]) -> bool:
+        """One unit is done, fails, or its mover dies in the middle; whether there was one."""
+        claim = self.ledger.claim("m", secrets.token_hex(8), LEASE_MS)
+        if claim is None:
+            return False
+        job = self.ledger.job(claim.job_id).job
+        if fails():
+            self._release(claim.job_id, claim.unit_id, claim.token, {"fatal": True, "error": "it cannot be"})
+            return True
+        facts: dict[str, Any] = {}
+        task = job.spec.task
+        try:
+            if isinstance(task, OpenEpoch):
+                facts["result"] = json.dumps(self._open(task))
+            elif isinstance(task, PublishEpoch):
+                facts["result"] = json.dumps({"is_point": self._decide(task.decision, task.owner).job == task.owner})
+            elif isinstance(task, AbandonEpoch):
+                facts["result"] = json.dumps({"is_point": self._abandon(task)})
+            elif claim.kind is UnitKind.PLAN:
+                facts = {"disk_size": 100, "epoch": job.spec.part.number if job.spec.part else 0}
+            elif claim.kind is UnitKind.SETTLE:
+                assert job.spec.part is not None
+                disk = job.spec.target.partition("disk=")[2]
+                self.copied.setdefault(job.spec.part.number, set()).add(disk)
+                facts["result"] = member(disk, job.spec.part.parent).model_dump_json()
+        except RefusedError as error:
+            self._release(claim.job_id, claim.unit_id, claim.token, {"fatal": True, "error": error.message})
+            return True
+        if fails():
+            return True  # dead; what it did to the repository stays
+        self.ledger.opened(claim.job_id, claim.unit_id, claim.token, facts)
+        if claim.kind is UnitKind.PLAN:
+            units = list(plan_units([Extent(0, 100, Status.DATA)], 100))
+            self.ledger.add_units(claim.job_id, claim.unit_id, claim.token, UnitKind.COPY, 0, 100, units)
+        self.ledger.finish(claim.job_id, claim.unit_id, claim.token)
+        return True
+
+    def _release(self, job_id: str, unit_id: str, token: str, changes: dict[str, Any]) -> None:
+        self.ledger.release(
+            job_id,
+            unit_id,
+            token,
+            remaining=(self.ledger.job(job_id).job.spec.task is None and "0:1") or "",
+            done_bytes=0,
+            bytes_read=0,
+            bytes_sent=0,
+            count_attempt=False,
+            changes=changes,
+        )
+
+    def _open(self, task: OpenEpoch) -> dict[str, Any]:
+        for number, owner in list(self.holds.items()):
+            if number not in self.decisions and owner != task.owner:
+                at_work = self.group.round
+                if at_work is not None and owner == owner_of("shop", at_work.id):
+                    raise RefusedError("somebody writes it")
+                self.decisions[number] = tombstone(number)
+        mine = [n for n, owner in self.holds.items() if owner == task.owner and n not in self.decisions]
+        number = mine[0] if mine else max([0, *self.decisions, *self.holds, task.at_least - 1]) + 1
+        self.holds[number] = task.owner
+        points = [n for n, d in self.decisions.items() if d.is_point]
+        parent = max(points, default=0)
+        parents = dict.fromkeys(task.disks, parent) if parent else {}
+        return {"repository": "r", "number": number, "parents": parents, "pins": [parent] if parent else []}
+
+    def _decide(self, decision: Decision, owner: str) -> Decision:
+        decided = self.decisions.setdefault(decision.epoch, decision)
+        if not decided.is_point or decided.job != owner:
+            raise RefusedError("it was decided by somebody else")
+        return decided
+
+    def _abandon(self, task: AbandonEpoch) -> bool:
+        return self.decisions.setdefault(task.number, tombstone(task.number)).job == task.owner
+
+    # -- agents ------------------------------------------------------------------------------------------------
+
+    def agent(self, vm: str, fails: Callable[[], bool]) -> None:
+        """The next part of a machine in the epoch, if it has one."""
+        epoch = self.ledger.newest_epoch("shop")
+        if epoch is None or epoch.is_over:
+            return
+        asyncio.run(self._take_part(MemoryBarrier(self.ledger), epoch, vm, fails))
+
+    async def _take_part(self, barrier: MemoryBarrier, epoch: Epoch, vm: str, fails: Callable[[], bool]) -> None:
+        disks = epoch.participant(vm).disks
+        if fails():
+            if epoch.key is GoKey.OPEN:
+                await barrier.abort(epoch, vm, "its disk hangs")
+            elif epoch.phase in (Phase.CUTTING, Phase.TAKEN):
+                await barrier.fail_cut(epoch, vm, "its view broke")
+        elif epoch.phase is Phase.PREPARING:
+            await barrier.prepared(epoch, vm)
+        elif epoch.phase is Phase.FREEZING:
+            await barrier.frozen(epoch, vm)
+        elif epoch.phase is Phase.CUTTING:
+            views = tuple(DiskView(disk=disk, kind=ViewKind.STAGE) for disk in disks)
+            facts = CutFacts(cut_at=self.now, freeze_ms=1, filesystem_consistent=False, views=views)
+            await barrier.cut(epoch, vm, facts)
+        elif epoch.phase is Phase.TAKEN:
+            copies = tuple(
+                DiskCopy(disk=d, path=f"/{vm}/{d}.qcow2", size=100, since=epoch.spec.parent(vm, d)) for d in disks
+            )
+            await barrier.readable(epoch, vm, ReadFacts(copies=copies))
+
+    # -- what must be so ---------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Nothing fails any more: all that was asked for ends."""
+        for _ in range(300):
+            self.now += 2
+            self.cycle()
+            while self.mover(lambda: False):
+                self.cycle()
+            for one in MEMBERS:
+                self.agent(one.vm, lambda: False)
+            group = self.group
+            if group.round is None and not group.requests and not group.done_with:
+                epoch = self.ledger.newest_epoch("shop")
+                assert epoch is None or epoch.is_over, "agents hold views for nobody"
+                return
+        pytest.fail(f"it does not end: {self.group!r} {self.ledger.jobs()!r} {self.ledger.newest_epoch('shop')!r}")
+
+    def check(self) -> None:
+        group = self.group
+        for number, decision in self.decisions.items():
+            if decision.is_point:
+                assert {m.disk for m in decision.members} == set(SPEC.disks) == self.copied[number]
+                assert len({m.parent for m in decision.members}) == 1
+                (parent,) = {m.parent for m in decision.members}
+                assert parent == 0 or self.decisions[parent].is_point
+        for outcome in group.outcomes:
+            if outcome.number:
+                assert outcome.published == self.decisions[outcome.number].is_point, outcome
+            else:
+                assert not outcome.published
+        epoch = self.ledger.newest_epoch("shop")
+        if epoch is not None and epoch.phase is Phase.RETIRED:
+            assert self.decisions[epoch.number].is_point
+
+
+def member(disk: str, parent: int) -> Member:
+    return Member(
+        disk=disk.replace("%2F", "/"),
+        size=100,
+        root="r",
+        directory_offset=0,
+        directory_length=1,
+        root_digest="",
+        sync="full",
+        parent=parent,
+    )
+
+
+def tombstone(number: int) -> Decision:
+    return Decision(decision="tombstone", repository="r", group="shop", epoch=number)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_a_checkpoint_becomes_a_point_of_all_disks(world: World) -> None:
+    request = world.ask()
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert (outcome.published, outcome.number) == (True, 1)
+    assert world.group.published == 1
+    assert world.ledger.jobs() == []
+    epoch = world.ledger.newest_epoch("shop")
+    assert epoch is not None
+    assert epoch.phase is Phase.RETIRED
+    world.check()
+
+
+def test_a_later_point_adds_to_the_one_before(world: World) -> None:
+    world.ask()
+    world.settle()
+    world.ask()
+    while not world.copied.get(2):
+        world.cycle()
+        world.mover(lambda: False)
+        for one in MEMBERS:
+            world.agent(one.vm, lambda: False)
+    (vda,) = [job for job in world.ledger.jobs() if job.id.endswith("-0")]
+    assert vda.spec.part is not None
+    assert (vda.spec.sync, vda.spec.part.since, vda.spec.part.pins) == (Sync.TOP, 1, (1,))
+    world.settle()
+    assert [member.parent for member in world.decisions[2].members] == [1, 1, 1]
+
+
+def test_a_checkpoint_that_is_asked_for_during_a_round_is_another_one(world: World) -> None:
+    """Whoever asks wants what was written until then."""
+    first = world.ask()
+    world.cycle()
+    assert world.group.round is not None
+    second, third = world.ask(), world.ask()
+    world.settle()
+    outcomes = [world.group.outcome_for(request) for request in (first, second, third)]
+    assert [outcome.number if outcome else 0 for outcome in outcomes] == [1, 2, 2]
+
+
+def test_one_copy_that_fails_ends_all_of_it(world: World) -> None:
+    request = world.ask()
+    fail = iter([False, False, False, False, True])  # the opening, then both halves of two units
+    until_copied(world, lambda: next(fail, False))
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert not outcome.published
+    assert "it cannot be" in outcome.why
+    assert outcome.why.startswith(("db/vda", "db/vdb", "web/vda"))
+    assert not world.decisions[1].is_point
+    assert "GROUP_ABORTED" in {event["event"] for event in world.ledger.events(limit=1000)}
+    states = {job.state for job in world.ledger.jobs()}
+    assert states == {State.CONCLUDED}
+    world.check()
+    world.ask()
+    world.settle()
+    assert world.group.published == 2
+
+
+def until_copied(world: World, fails: Callable[[], bool]) -> None:
+    for _ in range(40):
+        world.cycle()
+        world.mover(fails if world.group.round and world.group.round.stage is Stage.COPYING else lambda: False)
+        for one in MEMBERS:
+            world.agent(one.vm, lambda: False)
+
+
+def test_a_job_that_its_user_cancels_ends_all_of_it(world: World) -> None:
+    request = world.ask()
+    while not any(job.id.endswith("-1") for job in world.ledger.jobs()):
+        world.cycle()
+        world.mover(lambda: False)
+        for one in MEMBERS:
+            world.agent(one.vm, lambda: False)
+    (second,) = [job for job in world.ledger.jobs() if job.id.endswith("-1")]
+    found = world.ledger.job(second.id)
+    world.ledger.update(second.id, found.version, apply_verb(found.job, Verb.CANCEL, VerbArguments()).changes)
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert outcome.why == f"db/vdb: job {second.id} was cancelled"
+    world.check()
+
+
+def test_a_manifest_whose_job_was_lost_is_found(world: World) -> None:
+    """The mover that wrote it dies with its last attempt, and the round is told that it failed."""
+    request = world.ask()
+    while not world.decisions:
+        world.cycle()
+        publishing = world.group.round is not None and world.group.round.stage is Stage.PUBLISHING
+        deaths = iter([False, True])
+        world.mover((lambda deaths=deaths: next(deaths, False)) if publishing else lambda: False)  # type: ignore[misc]
+        for one in MEMBERS:
+            world.agent(one.vm, lambda: False)
+    (publish,) = [job for job in world.ledger.jobs() if job.id.endswith("-publish")]
+    found = world.ledger.job(publish.id)
+    world.ledger.update(publish.id, found.version, {"cancel_requested": "force"})
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert outcome.published
+    assert world.group.published == 1
+    world.check()
+
+
+def test_machines_of_two_groups_are_cut_one_after_the_other(world: World) -> None:
+    other = Participant(vm="db", host="hv1", qmp="/db", disks=("vdc",))
+    begun = GroupRecord(name="mail", spec=SPEC.model_copy(update={"members": (other,)}), requests=("a",))
+    world.ledger.put_group(begun)
+    world.ask()
+    for _ in range(10):
+        world.cycle()
+        world.mover(lambda: False)
+    cutting = [group.name for group in world.ledger.groups() if group.round and group.round.stage is Stage.CUTTING]
+    waiting = [group.name for group in world.ledger.groups() if group.round and group.round.stage is Stage.STARTING]
+    assert (len(cutting), len(waiting)) == (1, 1)
+
+
+def test_an_epoch_that_the_ledger_lost_ends_the_round(world: World) -> None:
+    request = world.ask()
+    while world.group.round is None or world.group.round.stage is not Stage.CUTTING:
+        world.cycle()
+        world.mover(lambda: False)
+    world.now += 3
+    lost = MemoryLedger(lambda: world.now)
+    lost.put_group(world.group.model_copy(update={"version": 0}))
+    world.ledger = lost
+    world.control = world.coordinator()
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert outcome.why == "the ledger has lost epoch 1"
+    assert not world.decisions[1].is_point
+
+
+def test_numbers_go_on_where_either_the_ledger_or_the_repository_has_counted_to(world: World) -> None:
+    """And what another coordinator has begun, of which the group knows nothing, is given up first."""
+    world.cycle()
+    term = world.ledger.lead("another", 60_000)
+    if term is None:
+        world.now += 6
+        term = world.ledger.lead("another", 60_000)
+    assert term is not None
+    world.ledger.adopt_run(term, 0)
+    spec = EpochSpec(participants=MEMBERS, prepare_ms=1000, freeze_ms=1000, hold_ms=1000)
+    world.ledger.open_epoch(term, "shop", spec, 6)
+    world.ledger.put_group(world.group.model_copy(update={"counted": 7}))
+    world.ledger.resign(term)
+    world.replace_coordinator()
+    request = world.ask()
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert (outcome.published, outcome.number) == (True, 8)
+
+
+ACTIONS = st.sampled_from(["cycle", "cycle", "mover", "mover", "db", "web", "ask", "replace", "old", "time", "restart"])
+
+
+@settings(max_examples=300)
+@given(actions=st.lists(st.tuples(ACTIONS, st.integers(0, 9)), max_size=120))
+def test_whatever_fails_a_point_is_whole_or_is_not_there(actions: list[tuple[str, int]]) -> None:
+    world = World()
+    olds = [world.control]
+    requests = [world.ask()]
+    for name, luck in actions:
+        fails = iter([luck == 0, luck == 1])
+
+        def unlucky(fails: Any = fails) -> bool:
+            return next(fails, False)
+
+        match name:
+            case "mover":
+                world.mover(unlucky)
+            case "db" | "web":
+                world.agent(name, unlucky)
+            case "ask":
+                requests.append(world.ask())
+            case "replace":
+                world.replace_coordinator()
+                olds.append(world.control)
+            case "old":
+                run_safely(olds[luck % len(olds)])
+            case "time":
+                world.now += luck
+            case "restart":
+                world.ledger.restart()
+            case _:
+                run_safely(world.control)
+        world.check()
+    world.replace_coordinator()
+    world.settle()
+    world.check()
+    for request in requests[-10:]:
+        assert world.group.outcome_for(request) is not None
+
+
+def run_safely(control: ControlLoop) -> None:
+    try:
+        control.cycle()
+    except (FlushpointError, UnavailableError):
+        control._step_down()
