@@ -1,6 +1,8 @@
 /* Runs inside a test's guest and writes its disks around the page cache, for ever.
  *
  *     writer DISK...                   a process a disk writes blocks at random places of its first half
+ *     writer wander DISK...            the same, but slowly, and at no place twice before it was at all of them: what is
+ *                                      lost between two cuts is not written once more before anybody looks
  *     writer lead PORT DISK            writes 1, tells the other guest, waits for its answer, writes 2 ...
  *     writer follow PORT DISK          writes what it is told, and answers
  *
@@ -109,13 +111,39 @@ static void take_turns(int leads, const char *port_path, const char *disk)
     }
 }
 
+static void wander(const char *path, uint64_t disk)
+{
+    enum { STRIDE = 65536, PRIME = 7919 };
+    uint64_t *block, number;
+    int fd = opened(path, &block);
+    off_t places = lseek(fd, 0, SEEK_END) / STRIDE;
+
+    for (number = 1;; number++) {
+        write_block(fd, block, disk << 48 | number, number * PRIME % places * STRIDE);
+        usleep(2000);
+        if (number % 8 == 0 && fdatasync(fd))
+            die("sync");
+        if (number % 64 == 0) {
+            printf("wrote %llu of %llu\n", (unsigned long long)number, (unsigned long long)disk);
+            fflush(stdout);
+        }
+    }
+}
+
 int main(int count, char **words)
 {
+    void (*work)(const char *, uint64_t) = write_for_ever;
+    int first = 1;
+
     if (count == 4 && (!strcmp(words[1], "lead") || !strcmp(words[1], "follow")))
         take_turns(words[1][0] == 'l', words[2], words[3]);
-    for (int disk = 1; disk < count; disk++)
+    if (count > 2 && !strcmp(words[1], "wander")) {
+        work = wander;
+        first = 2;
+    }
+    for (int disk = first; disk < count; disk++)
         if (fork() == 0)
-            write_for_ever(words[disk], disk);
+            work(words[disk], disk);
     wait(NULL); /* whoever ends has met an error */
     puts("a write failed");
     fflush(stdout);

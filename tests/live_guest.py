@@ -65,8 +65,16 @@ class LiveGuest:
 
 @contextmanager
 def running_guest(kit: GuestKit, directory: Path, disks: Sequence[LiveDisk]) -> Iterator[LiveGuest]:
-    """A guest whose disks are written at random until it is killed at the end."""
+    """A guest whose disks are written at random until it is killed at the end. Images that are there are kept."""
     with _running(kit, directory, disks, " ".join(_in_guest(disks)), "", []) as guest:
+        guest.guest.wait_for("wrote ")
+        yield guest
+
+
+@contextmanager
+def wandering_guest(kit: GuestKit, directory: Path, disks: Sequence[LiveDisk]) -> Iterator[LiveGuest]:
+    """The same, but it writes a little at a time, at no place of a disk twice before it was at all of them."""
+    with _running(kit, directory, disks, f"wander {' '.join(_in_guest(disks))}", "", []) as guest:
         guest.guest.wait_for("wrote ")
         yield guest
 
@@ -101,6 +109,8 @@ def _running(
     script = _SCRIPT.format(names=" ".join(_in_guest(disks)), words=words, wait=wait)
     initramfs = kit.initramfs(directory, script, {"writer": compiled(directory)})
     for disk in disks:
+        if disk.image(directory).exists():  # of a guest before this one, which was killed
+            continue
         command = ["qemu-img", "create", "-q", "-f", disk.format, str(disk.image(directory)), str(disk.size)]
         subprocess.run(command, check=True, timeout=30)
     monitor = directory / "qmp"

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from coordinator.model.epoch import Participant
 from coordinator.model.group import GroupPolicy, GroupSpec
+from coordinator.model.point import Decision
+from coordinator.model.repository_uri import parse_repository
 from coordinator.model.view import CheckpointState, CheckpointView
 from tests.guest import GuestKit
-from tests.hosts import Host
-from tests.live_guest import LiveDisk, first_number, running_pair
+from tests.hosts import STEP_S, Host
+from tests.live_guest import MIB, LiveDisk, LiveGuest, running_pair, wandering_guest
 from tests.repositories import make_repository
-from tests.stack import Stack, running_stack
+from tests.stack import Stack, running_stack, wait_until
+from workers.access import Access
+from workers.repository.repository import Repository
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
 
 FREEZE_S = 1.5
 """What guests are promised here, on a machine that has two processors for all of this."""
+POINTS = 24
+BLOCK = 4096
 
 
-class Shop:
-    """Two guests on a host each, a deployment, and a repository."""
+class Deployment:
+    """A coordinator, movers and a repository; hosts come and go."""
 
-    def __init__(self, stack: Stack, hosts: list[Host], directory: Path) -> None:
+    def __init__(self, stack: Stack, directory: Path) -> None:
         self.stack = stack
-        self.hosts = hosts
         self.directory = directory
         make_repository(directory / "repository").close()
 
@@ -35,60 +45,190 @@ class Shop:
     def repository(self) -> str:
         return f"repo+file://{self.directory}/repository"
 
-    def spec(self) -> GroupSpec:
-        members = [
-            Participant(
-                vm=host.guest.directory.name,
-                host=host.name,
-                qmp=str(host.guest.monitor),
-                disks=tuple(disk.name for disk in host.guest.disks),
-            )
-            for host in self.hosts
-        ]
+    @contextmanager
+    def host(self, name: str, guest: LiveGuest) -> Iterator[Host]:
+        environ = {"FLUSHPOINT_REDIS_URL": self.stack.env["FLUSHPOINT_REDIS_URL"]}
+        host = Host(name, self.directory / name, guest, environ)
+        try:
+            host.start_agent()
+            yield host
+        finally:
+            host.kill()
+
+    def apply(self, name: str, *hosts: Host) -> None:
+        members = [member_of(host) for host in hosts]
         policy = GroupPolicy(freeze_timeout=FREEZE_S)
-        return GroupSpec(repository=self.repository, policy=policy, members=tuple(members))
+        spec = GroupSpec(repository=self.repository, policy=policy, members=tuple(members))
+        self.stack.client.apply_group(name, spec)
 
-    def checkpoint(self) -> CheckpointView:
-        client = self.stack.client
-        return client.checkpoint("shop", client.ask_for_checkpoint("shop").id)
+    def checkpoint(self, name: str) -> CheckpointView:
+        return self.ended(self.stack.client.ask_for_checkpoint(name))
 
-    def numbers(self, point: int) -> list[int]:
-        """What each guest had written last, by its restored disk."""
-        found = []
-        for host in self.hosts:
-            (disk,) = host.guest.disks
-            source = f"{self.repository}?group=shop&disk={host.guest.directory.name}/{disk.name}&point={point}"
-            target = self.directory / f"{host.name}.img"
-            job = self.stack.mirror(source, target, overwrite=True)
-            assert job.error == "", job.error
-            found.append(first_number(target))
-        return found
+    def ended(self, asked: CheckpointView) -> CheckpointView:
+        return self.stack.client.checkpoint(asked.group, asked.id)
+
+    def published(self, name: str) -> int:
+        done = self.checkpoint(name)
+        assert done.state is CheckpointState.PUBLISHED, f"{done.why}\n{self.stack.logs()}"
+        return done.point
+
+    @contextmanager
+    def opened(self) -> Iterator[Repository]:
+        with Repository.open(parse_repository(self.repository), Access(["/"], [])) as repository:
+            yield repository
+
+    def point(self, name: str, number: int) -> Decision:
+        with self.opened() as repository:
+            return repository.decisions.point(name, number)
+
+    def bytes_of(self, name: str, number: int, disk: str) -> bytearray:
+        with self.opened() as repository:
+            found = repository.disk(repository.decisions.point(name, number), disk)
+            data = bytearray(found.size)
+            found.read_into(0, memoryview(data))
+            return data
+
+    def number_in(self, name: str, number: int, disk: str) -> int:
+        """What a guest had written last: its first block holds that over and over."""
+        with self.opened() as repository:
+            block = bytearray(BLOCK)
+            repository.disk(repository.decisions.point(name, number), disk).read_into(0, memoryview(block))
+        numbers = {int.from_bytes(block[at : at + 8], "little") for at in range(0, BLOCK, 8)}
+        assert len(numbers) == 1, f"a block is half written: {numbers}"
+        return numbers.pop()
+
+
+def member_of(host: Host) -> Participant:
+    guest = host.guest
+    return Participant(
+        vm=guest.directory.name,
+        host=host.name,
+        qmp=str(guest.monitor),
+        disks=tuple(disk.name for disk in guest.disks),
+    )
 
 
 @pytest.fixture(scope="module")
-def shop(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[Shop]:
-    with (
-        running_pair(guest_kit, module_tmpfs_path / "pair", LiveDisk("a"), LiveDisk("b", iothread=True)) as guests,
-        running_stack(module_tmpfs_path / "stack") as stack,
-    ):
-        environ = {"FLUSHPOINT_REDIS_URL": stack.env["FLUSHPOINT_REDIS_URL"]}
-        hosts = [Host(f"hv{n}", module_tmpfs_path / f"hv{n}", guest, environ) for n, guest in enumerate(guests, 1)]
-        try:
-            for host in hosts:
-                host.start_agent()
-            yield Shop(stack, hosts, module_tmpfs_path)
-        finally:
-            for host in hosts:
-                host.kill()
+def deployment(module_tmpfs_path: Path) -> Iterator[Deployment]:
+    with running_stack(module_tmpfs_path / "stack") as stack:
+        yield Deployment(stack, module_tmpfs_path)
 
 
-def test_every_point_of_a_group_is_one_cut(shop: Shop) -> None:
-    shop.stack.client.apply_group("shop", shop.spec())
+@pytest.fixture(scope="module")
+def shop(deployment: Deployment, guest_kit: GuestKit) -> Iterator[tuple[Host, Host]]:
+    """Two guests on a host each, that write in causal order, as group `shop`."""
+    with ExitStack() as stack:
+        disks = LiveDisk("a"), LiveDisk("b", iothread=True)
+        guests = stack.enter_context(running_pair(guest_kit, deployment.directory / "pair", *disks))
+        first, second = (
+            stack.enter_context(deployment.host(f"hv{number}", guest)) for number, guest in enumerate(guests, 1)
+        )
+        deployment.apply("shop", first, second)
+        yield first, second
+
+
+def test_no_published_point_has_an_effect_without_its_cause(deployment: Deployment, shop: tuple[Host, Host]) -> None:
     last = 0
-    for number in range(1, 6):
-        done = shop.checkpoint()
-        assert (done.state, done.point) == (CheckpointState.PUBLISHED, number), done.why
-        lead, follow = shop.numbers(number)
+    for _ in range(POINTS):
+        number = deployment.published("shop")
+        lead, follow = (deployment.number_in("shop", number, disk) for disk in ("lead/a", "follow/b"))
         assert follow <= lead <= follow + 1
-        assert lead > last
+        assert lead > last, "the guests write between two cuts, or this proves nothing"
         last = lead
+
+
+def test_a_point_tells_how_it_was_made(deployment: Deployment, shop: tuple[Host, Host]) -> None:
+    before = deployment.published("shop")
+    point = deployment.point("shop", deployment.published("shop"))
+    assert [member.disk for member in point.members] == ["lead/a", "follow/b"]
+    for member in point.members:
+        assert (member.sync, member.parent) == ("incremental", before)
+        assert member.reason == f"by bitmap flushpoint:{point.repository}:shop:{before}"
+        assert 0 < member.bytes_sent <= member.bytes_read < 16 * MIB
+    assert [machine.vm for machine in point.machines] == ["lead", "follow"]
+    for machine in point.machines:
+        assert 0 < machine.freeze_ms < FREEZE_S * 1000
+        assert point.cut_at <= machine.cut_at <= point.decided_at
+    assert GroupSpec.model_validate(point.spec) == deployment.stack.client.group("shop").spec
+
+
+class Disks:
+    """One guest with a disk of each kind, and clones of them that were made in the stop of a cut."""
+
+    def __init__(self, deployment: Deployment, host: Host) -> None:
+        self.deployment = deployment
+        self.host = host
+        self.clones = deployment.directory / "clones"
+        self.clones.mkdir(exist_ok=True)
+
+    def cloned_point(self) -> int:
+        """A point, and clones of the disks as they were at its cut: the agent sleeps in the stop until they are
+        there. A stop that gets too long for that ends the epoch, and another is tried."""
+        for _ in range(5):
+            self.host.start_agent("between-go-and-cut:stop")
+            asked = self.deployment.stack.client.ask_for_checkpoint("disks")
+            wait_until(self.host.trip.exists, "the agent to sleep in the stop", STEP_S)
+            for disk in self.host.guest.disks:
+                shutil.copyfile(disk.image(self.host.guest.directory), self.clone(disk))
+            self.host.signal_agent(signal.SIGCONT)
+            done = self.deployment.ended(asked)
+            if done.state is CheckpointState.PUBLISHED:
+                return done.point
+        raise AssertionError(done.why)
+
+    def clone(self, disk: LiveDisk) -> Path:
+        return self.clones / disk.image(self.clones).name
+
+    def check(self, point: int) -> None:
+        for disk in self.host.guest.disks:
+            raw = self.clones / "raw"
+            command = ["qemu-img", "convert", "-f", disk.format, "-O", "raw", str(self.clone(disk)), str(raw)]
+            subprocess.run(command, check=True, timeout=30)
+            vm = self.host.guest.directory.name
+            is_equal = self.deployment.bytes_of("disks", point, f"{vm}/{disk.name}") == raw.read_bytes()
+            assert is_equal, disk
+
+    def aborted(self, failpoint: str) -> None:
+        """An epoch whose agent is killed there; its bitmaps stay."""
+        self.host.start_agent(f"{failpoint}:kill")
+        asked = self.deployment.stack.client.ask_for_checkpoint("disks")
+        wait_until(self.host.trip.exists, f"the agent to reach {failpoint}", STEP_S)
+        self.host.start_agent()
+        assert self.deployment.ended(asked).state is CheckpointState.FAILED
+
+
+KILLED_AT = (
+    "between-prepare-and-prepared",
+    "between-stop-and-frozen",
+    "between-go-and-cut",
+    "before-stage",
+    "before-stage",
+)
+
+
+def test_a_point_equals_clones_of_the_disks_made_in_its_stop(deployment: Deployment, guest_kit: GuestKit) -> None:
+    """Over cuts of which some come to nothing, and over deaths of agents and of the guest itself."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    disks = (
+        LiveDisk("a", iothread=True, size=128 * MIB),
+        LiveDisk("b", bus="virtio-scsi", size=128 * MIB),
+        LiveDisk("c", format="raw", size=128 * MIB),
+    )
+    directory = deployment.directory / "three"
+    for life in range(2):
+        with (
+            wandering_guest(guest_kit, directory, disks) as guest,
+            deployment.host(f"life{life}", guest) as host,
+        ):
+            deployment.apply("disks", host)
+            tested = Disks(deployment, host)
+            tested.check(tested.cloned_point())
+            for _ in range(3):
+                for _ in range(dice.randrange(3)):
+                    deployment.published("disks")
+                for _ in range(dice.randrange(1, 3)):
+                    tested.aborted(dice.choice(KILLED_AT))
+                    guest.wait_until_it_writes()
+                tested.check(tested.cloned_point())

@@ -392,7 +392,7 @@ def test_numbers_go_on_where_either_the_ledger_or_the_repository_has_counted_to(
         term = world.ledger.lead("another", 60_000)
     assert term is not None
     world.ledger.adopt_run(term, 0)
-    spec = EpochSpec(participants=MEMBERS, prepare_ms=1000, freeze_ms=1000, hold_ms=1000)
+    spec = EpochSpec(participants=MEMBERS, prepare_ms=10**9, freeze_ms=1000, hold_ms=1000)
     world.ledger.open_epoch(term, "shop", spec, 6)
     world.ledger.put_group(world.group.model_copy(update={"counted": 7}))
     world.ledger.resign(term)
