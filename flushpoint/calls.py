@@ -23,7 +23,7 @@ from coordinator.model.errors import (
     UnavailableError,
     UsageError,
 )
-from coordinator.model.group import GroupSpec
+from coordinator.model.group import GroupSpec, GroupVerb
 from coordinator.model.job import JobSpec, State, Verb
 from coordinator.model.point import PointRecord, RepositoryRecord
 from coordinator.model.view import CheckpointView, GroupView, JobView
@@ -223,6 +223,11 @@ def groups() -> Call[GroupList]:
 def remove_group(name: str) -> Call[None]:
     """Forget a group; its recovery points stay."""
     return Call("DELETE", _group_path(name), _nothing)
+
+
+def act_on_group(name: str, verb: GroupVerb) -> Call[GroupView]:
+    """pause, resume or cancel a group: all of its disks, or none."""
+    return Call("POST", f"{_group_path(name)}/{verb}", _GROUP, body=b"{}")
 
 
 def ask_for_checkpoint(name: str, idempotency_key: str = "") -> Call[CheckpointView]:

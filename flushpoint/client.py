@@ -119,6 +119,7 @@ class _Methods:
     group = _once(calls.group)
     groups = _once(calls.groups)
     remove_group = _once(calls.remove_group)
+    act_on_group = _once(calls.act_on_group)
     ask_for_checkpoint = _once(calls.ask_for_checkpoint)
     checkpoint = _Method(calls.checkpoint)
     jobs = _Stream(calls.jobs)

@@ -130,6 +130,11 @@ def make_api(ledger: Ledger, leads: Callable[[], bool], feed: EventFeed) -> Fast
         arguments = VerbArguments(asked.speed, asked.force, asked.pivot)
         for _ in range(CAS_TRIES):
             found = ledger.job(job_id)
+            if found.job.spec.group and verb is not Verb.DISMISS:
+                raise RefusedError(
+                    f"job {job_id} is one of group {found.job.spec.group}, whose jobs go together",
+                    f"{verb} the group instead",
+                )
             step = apply_verb(found.job, verb, arguments)
             try:
                 if verb is Verb.DISMISS:

@@ -14,7 +14,7 @@ from coordinator.api.feed import EventFeed
 from coordinator.ledger.contract import ConflictError, Ledger
 from coordinator.model.epoch import checked_group
 from coordinator.model.errors import NotFoundError, RefusedError
-from coordinator.model.group import GroupRecord, GroupSpec, shared_disk
+from coordinator.model.group import GroupRecord, GroupSpec, GroupVerb, shared_disk, told
 from coordinator.model.view import CheckpointView, GroupView, view_of_checkpoint, view_of_group
 
 CAS_TRIES = 20
@@ -79,6 +79,8 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
         def asked(known: GroupRecord) -> GroupRecord:
             if known.knows(request):
                 return known
+            if known.paused:
+                raise RefusedError(f"group {name!r} is paused", "resume it first")
             if len(known.requests) >= REQUESTS:
                 raise RefusedError(f"{REQUESTS} checkpoints of group {name!r} wait already", "wait for one of them")
             return known.model_copy(update={"requests": (*known.requests, request)})
@@ -90,6 +92,12 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
         name: str, request: str, wait: Annotated[float, Query(ge=0, le=60)] = 0.0
     ) -> CheckpointView:
         return await feed.wait_for(lambda: _found(ledger.group(name), request), lambda found: found.is_over, "", wait)
+
+    @app.post("/v1/groups/{name}/{verb}")
+    def act(name: str, verb: GroupVerb) -> GroupView:
+        """pause: no round is begun, and the copies of one that is at work rest; resume; cancel: give up the round that
+        is at work. All of its disks, or none."""
+        return view_of_group(changed(name, lambda known: told(known, verb)), time.time())
 
 
 def _found(group: GroupRecord, request: str) -> CheckpointView:

@@ -275,10 +275,10 @@ class Ledger(Protocol):
     def quarantined(self, job_id: str) -> list[QuarantinedUnit]:
         """The units that were given up, by where they lie."""
 
-    def take(self, job_id: str, want: int, speed: int, burst: int) -> int:
-        """Token bucket shared by all workers of a job: takes `want` bytes and returns the milliseconds to
-        wait before sending them (0: now). The bucket refills at `speed` bytes/s up to `burst`; it may go into
-        debt, which is what the wait pays for. A changed `speed` counts from now."""
+    def take(self, name: str, want: int, speed: int, burst: int) -> int:
+        """Token bucket shared by all workers of a job, or of a group's jobs (GROUP_WAKE and its name): takes `want`
+        bytes and returns the milliseconds to wait before sending them (0: now). The bucket refills at `speed` bytes/s
+        up to `burst`; it may go into debt, which is what the wait pays for. A changed `speed` counts from now."""
 
     # -- recovery points ------------------------------------------------------------------------------------
     # A copy of what manifests say, by the id of their repository. Manifests never change: only which of them are

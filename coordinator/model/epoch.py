@@ -231,8 +231,8 @@ class Standing(BaseModel):
     why: str = ""
     """Why it was aborted."""
     left_ms: int = 0
-    """Until this phase times out, as of the answer; 0 from GO on, when no participant waits for others any more. One
-    that has heard nothing when they are over asks for a time-out, and waits on if the ledger's clock knows better."""
+    """Until this phase times out, as of the answer; 0 where none does. A participant that has heard nothing when they
+    are over asks for a time-out, and waits on if the ledger's clock knows better."""
 
 
 class Epoch(BaseModel):
@@ -289,7 +289,7 @@ class Epoch(BaseModel):
         return tuple(participant for participant in self.spec.participants if participant.host == host)
 
     def standing(self, now_ms: int) -> Standing:
-        left_ms = max(0, _ends_ms(self) - now_ms) if self.key is GoKey.OPEN else 0
+        left_ms = max(0, _ends_ms(self) - now_ms) if self.phase in _AWAITED else 0
         return Standing(phase=self.phase, key=self.key, why=self.why, left_ms=left_ms)
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import enum
 import re
 from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 from coordinator.model.epoch import Participant
+from coordinator.model.errors import RefusedError
+from coordinator.model.job import parse_bytes
+from coordinator.model.point import Retention
 from coordinator.model.repository_uri import parse_repository
 
 OUTCOMES_KEPT = 20
@@ -41,6 +45,26 @@ Seconds = Annotated[
 ]
 
 
+def _bytes(value: Any) -> Any:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+Rate = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": r"^\d+(\.\d+)?\s*[kKmMgGtT]?([iI]?[bB])?(/s)?$"},
+            ]
+        }
+    ),
+]
+"""Bytes a second; 0 is unlimited."""
+TimeOfDay = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
+
+
 class _Words(BaseModel):
     """Written in camelCase, as in other files of Kubernetes' kind."""
 
@@ -49,9 +73,24 @@ class _Words(BaseModel):
     )
 
 
+class SpeedWindow(_Words):
+    """A limit for a part of the day; one that ends before it begins goes over midnight."""
+
+    begin: TimeOfDay = Field(alias="from")
+    end: TimeOfDay = Field(alias="to")
+    speed: Rate = Field(ge=0)
+
+
 class GroupPolicy(_Words):
     """How a group is protected. Times in seconds."""
 
+    rpo: Seconds = Field(
+        default=0.0, ge=0, description="how old the newest recovery point may become; 0: points when asked for alone"
+    )
+    retention: Retention = Field(default=Retention(), description="which points are kept; nothing said: all")
+    speed: Rate = Field(default=0, ge=0, description="bytes per second over all disks; 0 is unlimited")
+    speed_windows: tuple[SpeedWindow, ...] = Field(default=(), description="other limits by time of day; first match")
+    time_zone: str = Field(default="UTC", description="of the windows, such as Europe/Vienna")
     freeze_timeout: Seconds = Field(default=1.0, gt=0, le=60, description="no guest is ever stopped for longer")
     prepare_timeout: Seconds = Field(default=30.0, gt=0, description="how long the slowest machine may take to prepare")
     hold_timeout: Seconds = Field(
@@ -60,6 +99,15 @@ class GroupPolicy(_Words):
         le=LONGEST_HOLD_S,
         description="how long views may be held: guests pay for them with each of their writes",
     )
+
+    @field_validator("time_zone")
+    @classmethod
+    def _zone_is_known(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (KeyError, OSError, ValueError):  # nothing of that name, a directory, a path that leads elsewhere
+            raise ValueError(f"{name!r} is no time zone, such as UTC or Europe/Vienna") from None
+        return name
 
 
 class GroupSpec(_Words):
@@ -186,6 +234,16 @@ class GroupRecord(BaseModel):
     published_cut_at: float = 0.0
     done_with: tuple[str, ...] = ()
     """Jobs of the last round, which nobody needs any more."""
+    paused: bool = False
+    """No round is begun, and the copies of one that is at work rest."""
+    cancelled: str = ""
+    """The round that its user gave up."""
+    rpo_missed: bool = False
+    """What the last of RPO_MISSED and RPO_RECOVERED said."""
+    pruned: int = 0
+    """The newest point when old ones were last pruned."""
+    pruned_at: float = 0.0
+    prune_job: str = ""
 
     def outcome_for(self, request: str) -> Outcome | None:
         """Of the round that was begun for a checkpoint; None while there is none, or once it was long ago."""
@@ -194,6 +252,23 @@ class GroupRecord(BaseModel):
     def knows(self, request: str) -> bool:
         waiting = self.requests + (self.round.requests if self.round else ())
         return request in waiting or self.outcome_for(request) is not None
+
+
+class GroupVerb(enum.StrEnum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    CANCEL = "cancel"
+
+
+def told(group: GroupRecord, verb: GroupVerb) -> GroupRecord:
+    """The group after a user's verb. RefusedError for one that makes no sense now."""
+    if verb is not GroupVerb.CANCEL:
+        return group.model_copy(update={"paused": verb is GroupVerb.PAUSE})
+    if group.round is None or group.round.stage is Stage.ENDING:
+        raise RefusedError(f"group {group.name!r} is at work on no recovery point", "there is nothing to cancel")
+    if group.round.stage is Stage.PUBLISHING:
+        raise RefusedError(f"{group.name}@{group.round.number} is just being published", "let it be, and prune it")
+    return group.model_copy(update={"cancelled": group.round.id})
 
 
 def shared_disk(one: GroupRecord, other: GroupRecord) -> str:

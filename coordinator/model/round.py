@@ -18,6 +18,7 @@ from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, Outcome, Round, 
 from coordinator.model.job import JobRecord, JobSpec, State, Sync
 from coordinator.model.point import Decision, MachineCut, Member
 from coordinator.model.repository_uri import parse_repository
+from coordinator.model.schedule import due_at, misses_rpo, prune_is_due, speed_at
 from coordinator.model.task import (
     AbandonEpoch,
     DecidedEpoch,
@@ -26,7 +27,12 @@ from coordinator.model.task import (
     OpenedEpoch,
     OpenEpoch,
     PublishEpoch,
+    RepositoryTask,
+    TaskKind,
 )
+
+STEERED = frozenset({State.CREATED, State.RUNNING, State.PAUSED, State.READY, State.STANDBY})
+"""States in which a job still copies, or may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +95,25 @@ class Dismiss:
     jobs: tuple[str, ...]
 
 
-Action = Keep | Submit | Begin | GiveUp | Retire | Cancel | Finalize | Dismiss
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """Bring jobs to what their group is told: copies rest while it is paused, and share its limit."""
+
+    jobs: tuple[str, ...]
+    paused: bool
+    speed: int
+
+
+Action = Keep | Submit | Begin | GiveUp | Retire | Cancel | Finalize | Dismiss | Steer
 
 
 def jobs_of(group: GroupRecord) -> tuple[str, ...]:
     """Every job that a round of the group may have, and those that it is done with."""
     at_work = group.round
+    others = (*group.done_with, *((group.prune_job,) if group.prune_job else ()))
     if at_work is None:
-        return group.done_with
-    return (*group.done_with, _job(at_work, "open"), *_copies(at_work), _job(at_work, "publish"), _job(at_work, "end"))
+        return others
+    return (*others, _job(at_work, "open"), *_copies(at_work), _job(at_work, "publish"), _job(at_work, "end"))
 
 
 def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Action | None:
@@ -105,14 +121,68 @@ def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Ac
     if group.done_with:
         there = tuple(job_id for job_id in group.done_with if job_id in seen.jobs)
         return Dismiss(there) if there else Keep("has put away the jobs of its last round", _with(group, done_with=()))
+    if (told := _tell_rpo(group, now)) is not None:
+        return told
+    if (pruning := _prune(group, seen, now)) is not None:
+        return pruning
     if group.round is None:
-        return _begin(group, round_id, now) if group.requests else None
+        due = due_at(group)
+        is_due = bool(group.requests) or (due is not None and now >= due)
+        return _begin(group, round_id, now) if is_due and not group.paused else None
+    is_given_up = group.cancelled == group.round.id and group.round.stage not in (Stage.PUBLISHING, Stage.ENDING)
+    if is_given_up:
+        return _end(group, group.round, "cancelled by its user")
+    if (steer := _steer(group, group.round, seen, now)) is not None:
+        return steer
     return _STAGES[group.round.stage](group, group.round, seen, now)
 
 
 def owner_of(group: str, round_id: str) -> str:
     """As the hold of its epoch names it."""
     return f"group {group} round {round_id}"
+
+
+def _tell_rpo(group: GroupRecord, now: float) -> Keep | None:
+    """An event when the newest point becomes too old, and one when it is not any more."""
+    missed = misses_rpo(group, now)
+    if missed == group.rpo_missed:
+        return None
+    rpo, age = group.spec.policy.rpo, now - group.published_cut_at
+    facts = {"group": group.name, "epoch": group.published, "rpo_s": rpo, "age_s": round(age, 3)}
+    name = EventName.RPO_MISSED if missed else EventName.RPO_RECOVERED
+    told = f"has a newest point of {age:.1f} s, and may have one of {rpo:g} s"
+    return Keep(told, _with(group, rpo_missed=missed), ((name, facts),))
+
+
+def _prune(group: GroupRecord, seen: Seen, now: float) -> Action | None:
+    """A job beside all rounds. One that fails is left for people to look at, and tried again after the next point."""
+    if group.prune_job:
+        job = seen.jobs.get(group.prune_job)
+        if job is None:
+            retention, repository = group.spec.policy.retention, group.spec.repository
+            task = RepositoryTask(kind=TaskKind.PRUNE, repository=repository, groups=(group.name,), retention=retention)
+            return Submit({group.prune_job: JobSpec(task=task)})
+        if job.state is not State.CONCLUDED:
+            return None
+        done_with = (*group.done_with, job.id) if _succeeded(job) else group.done_with
+        return Keep("has removed what no rule keeps", _with(group, prune_job="", done_with=done_with))
+    if not prune_is_due(group, now):
+        return None
+    job_id = f"prune-{group.name}-{group.published}"
+    return Keep("removes what no rule keeps", _with(group, prune_job=job_id, pruned=group.published, pruned_at=now))
+
+
+def _steer(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Steer | None:
+    speed = speed_at(group.spec.policy, now)
+    jobs = [job for copy in _copies(at_work) if (job := seen.jobs.get(copy)) is not None]
+    astray = [
+        job.id
+        for job in jobs
+        if not job.cancel_requested
+        and job.state in STEERED
+        and (job.pause_requested != group.paused or job.speed != speed)
+    ]
+    return Steer(tuple(astray), group.paused, speed) if astray else None
 
 
 def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:

@@ -44,6 +44,9 @@ class GroupView(BaseModel):
     point_cut_at: float = 0.0
     rpo_s: float | None = None
     """How long ago that was cut; None: there is none."""
+    rpo_missed: bool = False
+    """It was cut longer ago than the policy allows."""
+    paused: bool = False
     round: RoundView | None = None
     outcomes: tuple[Outcome, ...] = ()
     """Of the last rounds, oldest first."""
@@ -84,6 +87,8 @@ def view_of_group(group: GroupRecord, now: float) -> GroupView:
         point=group.published,
         point_cut_at=group.published_cut_at,
         rpo_s=max(0.0, now - group.published_cut_at) if group.published else None,
+        rpo_missed=group.rpo_missed,
+        paused=group.paused,
         round=RoundView.model_validate(at_work.model_dump(include=set(RoundView.model_fields))) if at_work else None,
         outcomes=group.outcomes,
     )

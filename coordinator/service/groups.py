@@ -21,6 +21,7 @@ from coordinator.model.round import (
     Keep,
     Retire,
     Seen,
+    Steer,
     Submit,
     jobs_of,
     next_action,
@@ -94,6 +95,11 @@ class GroupControl:
             case Finalize():
                 for job_id in action.jobs:
                     self._act(job_id, Verb.FINALIZE, VerbArguments(), term)
+                return self._visit_jobs(action.jobs, term)
+            case Steer():
+                for job_id in action.jobs:
+                    self._act(job_id, Verb.PAUSE if action.paused else Verb.RESUME, VerbArguments(), term)
+                    self._act(job_id, Verb.SET_SPEED, VerbArguments(speed=action.speed), term)
                 return self._visit_jobs(action.jobs, term)
             case Dismiss():
                 for job_id in action.jobs:

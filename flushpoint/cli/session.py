@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from coordinator.model.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from coordinator.model.view import GroupView
     from flushpoint.client import Client
 
 
@@ -18,6 +19,20 @@ def connect() -> Client:
     from flushpoint import client
 
     return client.connect()
+
+
+def group(client: Client, text: str) -> GroupView | None:
+    """The group of this name, if there is one and no job has this id."""
+    if not text:
+        return None
+    try:
+        client.job(text)
+    except NotFoundError:
+        try:
+            return client.group(text)
+        except NotFoundError:
+            return None
+    return None
 
 
 def job_id(client: Client, text: str) -> str:

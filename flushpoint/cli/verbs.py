@@ -1,4 +1,7 @@
-"""The verbs of a job, as in QEMU: pause, resume, set-speed, complete, cancel, finalize, dismiss."""
+"""The verbs of a job, as in QEMU: pause, resume, set-speed, complete, cancel, finalize, dismiss.
+
+Where ID names a group, pause, resume, cancel and set-speed are about all of its disks.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coordinator.model.errors import UnavailableError
+from coordinator.model.group import GroupVerb
 from coordinator.model.job import State, Verb
-from coordinator.model.view import JobView
+from coordinator.model.view import GroupView, JobView
 from flushpoint.cli import output, session, waiting
 from flushpoint.cli.mirror import parse_rate
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 FOLLOW_S = 2.0
 """A verb is answered when it is noted down; this is how long the command waits for what follows from it. Only complete
 is waited for to its end: it may take passes over the whole disk, and be refused after them."""
+GROUP_VERBS = frozenset({Verb.PAUSE, Verb.RESUME, Verb.CANCEL})
 _PAUSED = frozenset({State.PAUSED, State.STANDBY})
 _GOALS: dict[Verb, frozenset[State]] = {
     Verb.PAUSE: _PAUSED | {State.CONCLUDED},
@@ -35,12 +40,12 @@ def register(app: typer.Typer) -> None:
 
 
 def pause(job_id: output.JobArgument, as_json: output.JsonOption = False) -> None:
-    """Stop copying for a while; the job keeps its place."""
+    """Stop copying for a while; the job keeps its place. Of a group: its copies rest, and no point is begun."""
     _act(Verb.PAUSE, job_id, as_json, lambda client, full_id: client.pause(full_id))
 
 
 def resume(job_id: output.JobArgument, as_json: output.JsonOption = False) -> None:
-    """Go on after a pause or an error."""
+    """Go on after a pause or an error; a job, or a group."""
     _act(Verb.RESUME, job_id, as_json, lambda client, full_id: client.resume(full_id))
 
 
@@ -49,9 +54,14 @@ def set_speed(
     rate: Annotated[str, typer.Argument(help="Bytes per second, as in 50M; 0 is unlimited.")],
     as_json: output.JsonOption = False,
 ) -> None:
-    """Limit a job, over all its workers."""
+    """Limit a job, over all its workers, or a group, over all its disks."""
     speed = parse_rate(rate)
     with session.connect() as client:
+        if (group := session.group(client, job_id)) is not None:
+            policy = group.spec.policy.model_copy(update={"speed": speed})
+            spec = group.spec.model_copy(update={"policy": policy})
+            _write_group(client.apply_group(group.name, spec), as_json)
+            return
         output.write_job(client.set_speed(session.job_id(client, job_id), speed), as_json)
 
 
@@ -76,7 +86,7 @@ def cancel(
     force: Annotated[bool, typer.Option("--force", help="Do not drain requests in flight.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Give a job up; its target is no copy."""
+    """Give a job up; its target is no copy. Of a group: give up the point that is being made."""
     _act(Verb.CANCEL, job_id, as_json, lambda client, full_id: client.cancel(full_id, force=force))
 
 
@@ -96,10 +106,23 @@ def dismiss(job_id: output.JobArgument, as_json: output.JsonOption = False) -> N
         print(f"{full_id}  dismissed")
 
 
+def _write_group(group: GroupView, as_json: bool) -> None:
+    if as_json:
+        output.write_json(group.model_dump(mode="json"))
+    else:
+        speed = group.spec.policy.speed
+        limit = f", at most {output.rate_text(speed)}" if speed else ""
+        doing = str(group.round.stage) if group.round else "at rest"
+        print(f"{group.name}  {'paused' if group.paused else doing}{limit}")
+
+
 def _act(verb: Verb, text: str, as_json: bool, send: Callable[[Client, str], JobView]) -> None:
     """Send a verb, and show the state that it leads to, or that is there after a while."""
     goals = _GOALS[verb]
     with session.connect() as client:
+        if verb in GROUP_VERBS and session.group(client, text) is not None:
+            _write_group(client.act_on_group(text, GroupVerb(verb)), as_json)
+            return
         job = send(client, session.job_id(client, text))
         if job.state not in goals:
             try:

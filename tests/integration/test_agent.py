@@ -142,6 +142,21 @@ def test_epoch_after_epoch_is_taken_and_nothing_is_left_in_the_guests(group: Gro
     group.check_that_nothing_is_left()
 
 
+def test_a_machine_that_is_staged_before_another_is_cut_waits_for_it(group: Group) -> None:
+    first, second = group.hosts
+    group.check_an_epoch()
+    while True:
+        second.start_agent("between-go-and-cut:stop")
+        epoch = group.open()
+        wait_until(second.trip.exists, "the second machine to be about to be cut", STEP_S)
+        wait_until(first.staged(epoch).exists, "the first one to be staged", STEP_S)
+        second.signal_agent(signal.SIGCONT)
+        if "deadline" not in group.wait_for(Phase.READABLE, Phase.ABORTED).why:  # the stop was not over meanwhile
+            break
+    group.check_and_retire(epoch)
+    group.check_that_nothing_is_left()
+
+
 @pytest.mark.parametrize("point", BEFORE_CUT)
 @pytest.mark.parametrize("action", ["kill", "stop"])
 def test_an_agent_that_is_lost_before_its_cut_aborts_the_epoch_and_harms_nobody(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import shutil
 import signal
@@ -11,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from coordinator.model.epoch import Participant
 from coordinator.model.group import GroupPolicy, GroupSpec
@@ -21,7 +24,7 @@ from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
 from tests.live_guest import MIB, LiveDisk, LiveGuest, running_pair, wandering_guest
 from tests.repositories import make_repository
-from tests.stack import Stack, running_stack, wait_until
+from tests.stack import Stack, flushpoint, running_stack, wait_until
 from workers.access import Access
 from workers.repository.repository import Repository
 
@@ -232,3 +235,60 @@ def test_a_point_equals_clones_of_the_disks_made_in_its_stop(deployment: Deploym
                     tested.aborted(dice.choice(KILLED_AT))
                     guest.wait_until_it_writes()
                 tested.check(tested.cloned_point())
+
+
+class Command:
+    """`flushpoint`, as an operator of the deployment gives it."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._environ = {**deployment.stack.env, "FLUSHPOINT_API": f"unix://{deployment.stack.api_socket}"}
+
+    def __call__(self, *words: object, code: int = 0) -> str:
+        done = flushpoint(*words, environ=self._environ)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+
+def test_a_group_by_its_file_and_commands(deployment: Deployment, shop: tuple[Host, Host], tmp_path: Path) -> None:
+    run = Command(deployment)
+    members = [member_of(host).model_dump(mode="json") for host in shop]
+    spec = {"repository": deployment.repository, "policy": {"freezeTimeout": f"{FREEZE_S}s"}, "members": members}
+    document = {"apiVersion": "flushpoint/v1", "kind": "ConsistencyGroup", "metadata": {"name": "shop"}, "spec": spec}
+    file = tmp_path / "shop.yaml"
+    file.write_text(yaml.safe_dump(document))
+    assert run("apply", "-f", file) == "shop  unchanged\n"
+    spec["policy"]["retention"] = {"last": 3}  # type: ignore[index]
+    file.write_text(yaml.safe_dump(document))
+    assert "policy.retention.last: 0 -> 3" in run("apply", "--dry-run", "-f", file)
+    told = json.loads(run("apply", "-f", file, "--json"))["groups"]
+    assert told == [{"group": "shop", "changes": {"policy.retention.last": [0, 3]}}]
+    assert run("apply", "-f", file) == "shop  unchanged\n"
+
+    assert run("pause", "shop") == "shop  paused\n"
+    assert "resume it first" in run("checkpoint", "shop", code=3).lower()
+    run("resume", "shop")
+    assert "at most 100.0 MiB/s" in run("set-speed", "shop", "100M")
+    point = run("checkpoint", "shop").strip()
+    number = int(point.removeprefix("shop@"))
+    assert run("groups").splitlines()[1].split()[:2] == ["shop", str(number)]
+    assert "published" in run("group", "shop").splitlines()[-1]
+    assert json.loads(run("points", "shop", "--json"))[-1]["epoch"] == number
+    assert "at work on no recovery point" in run("cancel", "shop", code=3)
+
+    run("verify", point)
+    run("restore", point, "--to", f"{tmp_path}/back/")
+    for disk in ("lead/a", "follow/b"):
+        assert (tmp_path / "back" / f"{disk}.raw").read_bytes() == deployment.bytes_of("shop", number, disk)
+    wait_until(lambda: len(json.loads(run("points", "shop", "--json"))) == 3, "all but three points to go", 90)
+    run("apply", "-f", file)
+
+
+def test_points_follow_one_another_in_time(deployment: Deployment, shop: tuple[Host, Host]) -> None:
+    client = deployment.stack.client
+    before = client.group("shop")
+    policy = before.spec.policy.model_copy(update={"rpo": 4.0})
+    client.apply_group("shop", before.spec.model_copy(update={"policy": policy}))
+    wait_until(lambda: client.group("shop").point >= before.point + 3, "three points", 60)
+    after = client.apply_group("shop", before.spec)
+    cuts = [outcome.cut_at for outcome in after.outcomes if outcome.number > before.point]
+    assert all(0 < later - earlier < 4 for earlier, later in itertools.pairwise(cuts))

@@ -31,6 +31,8 @@ class Taken:
 
     parts: Sequence[Part]
     facts: CutFacts
+    standing: Standing
+    """Of the epoch, when this machine was CUT."""
 
 
 class AbortedError(FlushpointError):
@@ -87,7 +89,7 @@ class Machine:
         standing = await barrier.cut(epoch, self.name, facts)
         if standing.phase is Phase.ABORTED:
             raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
-        return Taken(parts, facts)
+        return Taken(parts, facts, standing)
 
     async def _stand_still(
         self, epoch: Epoch, parts: Sequence[Part], barrier: Barrier, feed: Feed

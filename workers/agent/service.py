@@ -139,17 +139,20 @@ class Agent:
             raise
         pass_point("between-stage-and-readable")
         give_up_at = time.monotonic() + STAGE_S
-        while True:
+        standing = taken.standing
+        while standing.phase in (Phase.CUTTING, Phase.TAKEN):
             try:
-                standing = await self._barrier.readable(epoch, participant.vm, ReadFacts(copies=copies))
+                # What was written is little, and another machine may still be cut.
+                standing = await self._feed.until(epoch, standing, lambda s: s.phase is not Phase.CUTTING)
+                if standing.phase is Phase.TAKEN:
+                    standing = await self._barrier.readable(epoch, participant.vm, ReadFacts(copies=copies))
+                    if standing.phase is not Phase.ABORTED:
+                        return
             except UnavailableError:
                 if time.monotonic() > give_up_at:
                     raise
                 await asyncio.sleep(AGAIN_S)
-            else:
-                break
-        if standing.phase is Phase.ABORTED:
-            raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
+        raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
 
     async def _staged(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> tuple[DiskCopy, ...]:
         """AbortedError if the epoch is, meanwhile."""

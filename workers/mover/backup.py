@@ -132,7 +132,7 @@ class Backups:
     def copy(self, job: JobRecord, claim: Claim, source: Source, lease: Lease) -> tuple[Outcome, str]:
         """Write a unit; the pack's name if all of it is done, or the failure and everything as remaining."""
         extents = unpack_extents(claim.extents)
-        rate = RateLimit(self._ledger, job.id)
+        rate = RateLimit(self._ledger, job)
 
         def go_on(length: int) -> bool:
             self._renew_hold(job)  # one slow unit may take hours

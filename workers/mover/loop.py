@@ -144,7 +144,7 @@ class Mover:
             digest=suspect,
             ends_at=math.inf if suspect else time.monotonic() + self._settings.unit_slice_s,
         )
-        rate = RateLimit(self._ledger, job.id)
+        rate = RateLimit(self._ledger, job)
         outcome = self._copy_all(source, target, extents, orders, lease, rate, fast=not (suspect or in_compare_pass))
         lease.assert_held()
         pass_point("before-flush")

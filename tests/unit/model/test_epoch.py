@@ -110,7 +110,8 @@ def test_a_time_out_that_comes_too_soon_changes_nothing_and_says_how_long_to_wai
     assert time_out(opened(), PREPARE_MS - 1) == opened()
     assert opened().standing(PREPARE_MS - 1).left_ms == 1
     assert freezing().standing(10).left_ms == FREEZE_MS
-    assert cutting().standing(20).left_ms == 0
+    assert cutting().standing(20).left_ms == HOLD_MS
+    assert readable().standing(20).left_ms == 0
     assert time_out(taken(), 20 + HOLD_MS - 1) == taken()
 
 

@@ -29,10 +29,10 @@ from coordinator.model.errors import FlushpointError, RefusedError, UnavailableE
 from coordinator.model.extent import Extent, Status
 from coordinator.model.group import GroupPolicy, GroupRecord, GroupSpec, Stage
 from coordinator.model.job import State, Sync, Verb
-from coordinator.model.point import Decision, Member
+from coordinator.model.point import Decision, Member, Retention
 from coordinator.model.round import owner_of
 from coordinator.model.step import VerbArguments, apply_verb
-from coordinator.model.task import AbandonEpoch, OpenEpoch, PublishEpoch
+from coordinator.model.task import AbandonEpoch, OpenEpoch, PublishEpoch, RepositoryTask, TaskKind
 from coordinator.model.units import UnitKind, plan_units
 from coordinator.service.control import ControlLoop
 from coordinator.settings import Settings
@@ -402,6 +402,107 @@ def test_numbers_go_on_where_either_the_ledger_or_the_repository_has_counted_to(
     outcome = world.group.outcome_for(request)
     assert outcome is not None
     assert (outcome.published, outcome.number) == (True, 8)
+
+
+def events(world: World) -> list[str]:
+    return [event["event"] for event in world.ledger.events(limit=1000) if event["job"] == ""]
+
+
+def with_policy(world: World, **policy: Any) -> None:
+    group = world.group
+    changed = group.spec.policy.model_copy(update=policy)
+    spec = group.spec.model_copy(update={"policy": changed})
+    world.ledger.put_group(group.model_copy(update={"spec": spec}))
+
+
+def test_points_follow_one_another_and_a_missed_objective_is_told_once(world: World) -> None:
+    with_policy(world, rpo=30.0)
+    world.settle()
+    assert world.group.published == 1
+    world.now += 40
+    world.control._step_down()
+    world.control = world.coordinator()
+    world.cycle()
+    world.cycle()
+    assert world.group.rpo_missed
+    assert world.group.round is not None
+    world.settle()
+    assert world.group.published == 2
+    world.cycle()
+    assert not world.group.rpo_missed
+    assert events(world) == ["RPO_MISSED", "RPO_RECOVERED"]
+
+
+def copying(world: World) -> None:
+    while not (world.group.round and world.group.round.stage is Stage.COPYING and world.ledger.jobs()[0].spec.part):
+        world.cycle()
+        if not (world.group.round and world.group.round.stage is Stage.COPYING):
+            world.mover(lambda: False)
+        for one in MEMBERS:
+            world.agent(one.vm, lambda: False)
+
+
+def put(world: World, **changes: Any) -> None:
+    world.ledger.put_group(world.group.model_copy(update=changes))
+
+
+def test_all_copies_of_a_paused_group_rest_and_go_on_together(world: World) -> None:
+    world.ask()
+    copying(world)
+    put(world, paused=True)
+    world.cycle()
+    copies = [job for job in world.ledger.jobs() if job.spec.part]
+    assert {job.state for job in copies} == {State.PAUSED}
+    assert not world.mover(lambda: False)
+    put(world, paused=False)
+    world.settle()
+    assert world.group.published == 1
+
+
+def test_a_paused_group_begins_no_round(world: World) -> None:
+    with_policy(world, rpo=5.0)
+    put(world, paused=True)
+    world.now += 100
+    world.cycle()
+    assert world.group.round is None
+    put(world, paused=False)
+    world.cycle()
+    assert world.group.round is not None
+
+
+def test_the_limit_of_a_group_reaches_the_copies_that_are_at_work(world: World) -> None:
+    world.ask()
+    copying(world)
+    with_policy(world, speed=12345)
+    world.cycle()
+    assert {job.speed for job in world.ledger.jobs() if job.spec.part} == {12345}
+
+
+def test_a_round_that_its_user_cancels_leaves_no_point(world: World) -> None:
+    request = world.ask()
+    copying(world)
+    assert world.group.round is not None
+    put(world, cancelled=world.group.round.id)
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert (outcome.published, outcome.why) == (False, "cancelled by its user")
+    assert not world.decisions[1].is_point
+
+
+def test_points_that_no_rule_keeps_are_pruned_by_a_job(world: World) -> None:
+    with_policy(world, retention=Retention(last=2))
+    world.ask()
+    world.settle()
+    (pruning,) = [job for job in world.ledger.jobs() if job.id.startswith("prune-")]
+    task = pruning.spec.task
+    assert isinstance(task, RepositoryTask)
+    assert (task.kind, task.groups, task.retention.last) == (TaskKind.PRUNE, ("shop",), 2)
+    while world.mover(lambda: False):
+        world.cycle()
+    world.cycle()
+    assert world.group.prune_job == ""
+    assert world.ledger.jobs() == []
 
 
 ACTIONS = st.sampled_from(["cycle", "cycle", "mover", "mover", "db", "web", "ask", "replace", "old", "time", "restart"])

@@ -82,7 +82,7 @@ class TestRefused:
             made = subprocess.run(["mkfs.ext4", "-q", str(device)], capture_output=True, timeout=30, check=False)
             if made.returncode != 0:
                 pytest.skip("no mkfs.ext4")
-            run("mount", str(device), str(mount_point))
+            run("mount", "-o", "ro", str(device), str(mount_point))  # or the file system writes, whenever it likes
             try:
                 before = device.read_bytes()
                 with pytest.raises(RefusedError, match=r"mounted|block device"):

@@ -10,14 +10,10 @@ local function arrived_key(epoch, arrival) return P .. 'epoch_' .. arrival .. ':
 
 -- Phase, go key, why, and the ms left of this phase: what participants act on.
 local function standing(epoch)
-  local f = redis.call('HMGET', epoch_key(epoch), 'phase', 'key', 'why', 'prepare_by_ms', 'freeze_by_ms')
-  local over_at = now_ms
-  if f[1] == 'preparing' then
-    over_at = tonumber(f[4])
-  elseif f[1] == 'freezing' then
-    over_at = tonumber(f[5])
-  end
-  return { f[1], f[2], f[3], math.max(0, over_at - now_ms) }
+  local f = redis.call('HMGET', epoch_key(epoch), 'phase', 'key', 'why', 'prepare_by_ms', 'freeze_by_ms',
+    'hold_by_ms')
+  local ENDS = { preparing = f[4], freezing = f[5], cutting = f[6], taken = f[6] }
+  return { f[1], f[2], f[3], math.max(0, tonumber(ENDS[f[1]] or now_ms) - now_ms) }
 end
 
 -- All of an epoch, for epoch_of in redis_epochs.py; nil if there is none.
