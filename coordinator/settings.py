@@ -7,6 +7,7 @@ Timeouts that depend on each other are checked together, when the settings load.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 from pathlib import Path
@@ -91,6 +92,14 @@ class Settings(BaseSettings):
     journal_dir: str = "/var/lib/flushpoint/frozen"
     """Where an agent writes which guests it has stopped."""
 
+    relay_host: str = ""
+    """Address of an agent's host where movers elsewhere fetch staged images, by NBD; "": movers are on this host, or
+    see its scratch directory."""
+    relay_port: int = Field(default=10810, ge=1, le=65535)
+    relay_tls_dir: str = ""
+    """Certificates, named as QEMU names them, of one authority for all: at an agent ca-cert.pem, server-cert.pem and
+    server-key.pem; at a mover ca-cert.pem, client-cert.pem and client-key.pem. Needed, but on loopback."""
+
     leader_ttl_s: float = Field(default=10.0, gt=0)
     cycle_s: float = Field(default=0.5, gt=0)
     """Longest pause between two looks at the ledger without a wake-up."""
@@ -152,6 +161,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _timeouts_fit_together(self) -> Self:
         rules = (
+            (
+                not self.relay_host or self.relay_tls_dir != "" or _is_loopback(self.relay_host),
+                "relay_host needs relay_tls_dir: what guests have written would cross the network in the clear",
+            ),
             (self.renew_s * 4 <= self.lease_s, "renew_s must be at most a quarter of lease_s"),
             (
                 # The last claim at the end of the budget runs for a slice, whose last request may wait for its peer.
@@ -186,6 +199,13 @@ def load_settings() -> Settings:
         raise UsageError(f"{name or 'the settings'}: {reason}", "see config/flushpoint.toml") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the settings: {error}", "check $FLUSHPOINT_CONFIG") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _config_file() -> Path | None:

@@ -204,6 +204,8 @@ class DiskCopy(BaseModel):
     disk: str
     path: str
     """Of a qcow2 image on its host that nobody writes any more."""
+    uri: str = ""
+    """Of the NBD export by which movers elsewhere read it; "": movers read the path."""
     size: int = Field(gt=0)
     """Of the disk, in bytes."""
     since: int = Field(ge=0)

@@ -392,7 +392,7 @@ def _specs(group: GroupRecord, at_work: Round, epoch: Epoch) -> list[JobSpec]:
             copy, disk = copies[name], f"{member.vm}/{name}"
             specs.append(
                 JobSpec(
-                    source=copy.path,
+                    source=copy.uri or copy.path,
                     target=str(replace(uri, group=group.name, disk=disk)),
                     sync=Sync.TOP if copy.since else Sync.FULL,
                     source_frozen=True,

@@ -17,6 +17,7 @@ from coordinator.model.errors import FlushpointError
 from coordinator.settings import Settings, load_settings
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
+from workers.agent.relay import Relay
 from workers.agent.service import Agent
 
 log = structlog.get_logger()
@@ -31,7 +32,8 @@ async def serve(settings: Settings) -> None:
         with closing(GuardLink(Path(settings.guard_socket))) as guard:
             journal = Journal(Path(settings.journal_dir))
             host = settings.agent_host or socket.gethostname()
-            agent = Agent(host, barrier, guard, journal, scratch)
+            relay = Relay(scratch, settings.relay_host, settings.relay_port, settings.relay_tls_dir)
+            agent = Agent(host, barrier, guard, journal, scratch, relay if settings.relay_host else None)
             running = asyncio.create_task(agent.run(lambda: log.info("ready", host=host)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, running.cancel)

@@ -104,15 +104,19 @@ class _Latest(EventListener):
 class Monitor:
     """An open monitor. Not thread-safe; commands of several tasks are answered in the order they were sent."""
 
-    def __init__(self, path: Path, client: QMPClient, connection: socket.socket, heard: _Latest) -> None:
+    def __init__(
+        self, path: Path, client: QMPClient, connection: socket.socket, heard: _Latest, allowed: frozenset[str]
+    ) -> None:
         self.path = path
+        self._allowed = allowed
         self._client = client
         self._socket = connection
         self._heard = heard
 
     @classmethod
-    async def connect(cls, path: Path, timeout_s: float = CONNECT_S) -> Self:
-        """Take the monitor at a unix socket. NotFoundError, RefusedError, UnavailableError."""
+    async def connect(cls, path: Path, timeout_s: float = CONNECT_S, allowed: frozenset[str] = ALLOWED) -> Self:
+        """Take the monitor at a unix socket, for no other commands than those `allowed`. NotFoundError, RefusedError,
+        UnavailableError."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
         spoken_on = connection.dup()
@@ -132,14 +136,14 @@ class Monitor:
             if refusal is None:
                 raise
             raise refusal from error
-        return cls(path, client, connection, heard)
+        return cls(path, client, connection, heard, allowed)
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, timeout_s: float = ANSWER_S
     ) -> Any:
         """What QEMU returns. GuestRefusedError; GuestSilentError, after which the monitor is to be closed."""
-        if command not in ALLOWED:
-            raise ValueError(f"{command} is not on the list of commands that guests are sent")
+        if command not in self._allowed:
+            raise ValueError(f"{command} is not on the list of commands that may be sent")
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, arguments)

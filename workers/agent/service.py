@@ -33,6 +33,7 @@ from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
 from workers.agent.participant import AbortedError, Machine, Taken, recover
+from workers.agent.relay import Relay
 from workers.agent.stage import clear, stage
 from workers.agent.views import forget, remembered, remove
 from workers.failpoint import pass_point
@@ -46,12 +47,22 @@ log = structlog.get_logger()
 class Agent:
     """Runs in one event loop until it is cancelled."""
 
-    def __init__(self, host: str, barrier: Barrier, guard: GuardLink, journal: Journal, scratch: Path) -> None:
+    def __init__(
+        self,
+        host: str,
+        barrier: Barrier,
+        guard: GuardLink,
+        journal: Journal,
+        scratch: Path,
+        relay: Relay | None = None,
+    ) -> None:
+        """Without a `relay` movers have to read the scratch directory themselves."""
         self._host = host
         self._barrier = barrier
         self._guard = guard
         self._journal = journal
         self._scratch = scratch
+        self._relay = relay
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
         self._at_work: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -62,12 +73,17 @@ class Agent:
         for sentence in await let_run(self._journal):
             log.warning(sentence)
         await self._clear_guests()
+        if self._relay is not None:
+            await self._relay.start()
         position = await self._barrier.last_news(self._host)
         staged = set()
         for epoch in await self._barrier.epochs_on(self._host):
             recovered = [await recover(epoch, mine.vm, self._barrier) for mine in epoch.on(self._host)]
             if all(recovered):
                 staged.add(self._place(epoch.group, epoch.number))
+                for mine in epoch.on(self._host):
+                    for copy in epoch.reads[mine.vm].copies:
+                        await self._offered(epoch, mine.vm, copy)
         for place in set(self._scratch.glob("*@*")) - staged:  # nobody reads what belongs to an epoch that is over
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
         ready()
@@ -79,6 +95,8 @@ class Agent:
             await asyncio.gather(*self._at_work.values(), return_exceptions=True)
             for vm in self._vms.values():
                 await vm.monitor.close()
+            if self._relay is not None:
+                await self._relay.close()
 
     def _told(self, news: News) -> None:
         name = (news.group, news.number)
@@ -160,12 +178,19 @@ class Agent:
         staging = asyncio.create_task(stage_all(vm, taken.parts, place))
         self._staging.setdefault((epoch.group, epoch.number), []).append(staging)
         try:
-            return await staging
+            return tuple([await self._offered(epoch, participant.vm, copy) for copy in await staging])
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             raise AbortedError(f"epoch {epoch.name} was aborted while it was staged") from None
+
+    async def _offered(self, epoch: Epoch, vm: str, copy: DiskCopy) -> DiskCopy:
+        """Where movers elsewhere can read it, too."""
+        if self._relay is None:
+            return copy
+        uri = await self._relay.offer(f"{epoch.name}/{vm}/{copy.disk}", Path(copy.path))
+        return copy.model_copy(update={"uri": uri})
 
     async def _tidy(self, group: str, number: int, phase: Phase, after: asyncio.Task[None] | None) -> None:
         """Once it is over, and this host has ended its part."""
@@ -174,6 +199,8 @@ class Agent:
         if phase is Phase.RETIRED:
             with suppress(FlushpointError):  # what is left goes with the next point
                 await self._remove_bitmaps(await self._barrier.epoch(group, number))
+        if self._relay is not None:
+            await self._relay.withdraw(f"{group}@{number}/")
         await asyncio.to_thread(shutil.rmtree, self._place(group, number), ignore_errors=True)
 
     async def _remove_bitmaps(self, point: Epoch) -> None:

@@ -13,6 +13,7 @@ from coordinator.model.uri import DiskUri, parse
 from coordinator.settings import Settings
 from workers.access import Access
 from workers.mover.fastpath import FastPath, open_fast_path
+from workers.nbd.endpoint import Endpoint
 from workers.nbd.session import SessionLimits
 from workers.sources import open_source
 from workers.sources.contract import Source
@@ -49,6 +50,7 @@ class Disks:
 
     def __init__(self, settings: Settings) -> None:
         self.access = Access(settings.allowed_roots, settings.allowed_endpoints)
+        self._relay_tls_dir = settings.relay_tls_dir
         self.limits = SessionLimits(settings.connections, settings.io_timeout_s)
         self._one_reader: set[str] = set()
         """Jobs whose source lets one process in. Found out by waiting in vain, which is done once."""
@@ -129,10 +131,20 @@ class Disks:
             # A later pass looks for what was written during the one before, of which the bitmap may know nothing.
             bitmap = job.bitmap if job.bitmap and job.pass_number == 1 else None
         sync = Sync.DIRTY if bitmap else spec.sync
-        source = open_source(_source_uri(job), sync, bitmap, self.access, limits)
+        source = open_source(self._source_uri(job), sync, bitmap, self.access, limits)
         if source.max_readers == 1:
             self._one_reader.add(job.id)
         return source
+
+    def _source_uri(self, job: JobRecord) -> DiskUri:
+        uri = _source_uri(job)
+        if job.spec.part is None or uri.kind != "nbd" or not self._relay_tls_dir:
+            return uri
+        relay = Endpoint.parse(uri.nbd_uri)
+        if relay.tls is None:
+            return uri
+        tls = replace(relay.tls, certificates=self._relay_tls_dir)  # which its agent could not know
+        return replace(uri, nbd_uri=str(replace(relay, tls=tls)))
 
     def open_target(self, job: JobRecord, size: int, *, create: bool) -> Target:
         """With `create` the target is made or cut to size; it holds an older copy in the sync modes that update one."""
