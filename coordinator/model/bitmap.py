@@ -36,8 +36,8 @@ class Rotation:
     disable: tuple[str, ...]
     """Those of this group that record until the cut."""
     remove: tuple[str, ...]
-    """The parent's, if contents have to be compared: or it would look, together with the one that is added, as if it
-    had recorded all the time, should this epoch be aborted."""
+    """All of this group, if contents have to be compared: or they would look, together with the one that is added, as
+    if they had recorded all the time, should this epoch be aborted, or another build on an older point."""
     changed: tuple[str, ...]
     """All together they name what was written between the cut of the parent and this one, if that is known."""
     since: int
@@ -79,15 +79,16 @@ def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int
     elif not since[newest].is_recording:
         compare = "the bitmap was not recording, so that writes may be missing"
     changed = tuple(since[number].name for number in sorted(since)) if not compare else ()
-    remove = (ours[parent].name,) if compare and parent in ours else ()
-    disable = tuple(b.name for _, b in sorted(ours.items()) if b.is_recording and b.name not in remove)
+    remove = tuple(ours[number].name for number in sorted(ours)) if compare else ()
+    disable = tuple(b.name for _, b in sorted(ours.items()) if b.is_recording and not compare)
     return Rotation(
         name_of(repository, group, epoch), disable, remove, changed, since=0 if compare else parent, compare=compare
     )
 
 
 def leftovers(bitmaps: Iterable[Tracking], repository: str, group: str, newest_point: int) -> tuple[str, ...]:
-    """Those that nobody will need. One that is not usable stays while it is newer than the newest point: without it,
-    the bitmaps before and after it would look as if they told of all that was written."""
-    epochs = {b.name: epoch_of(repository, group, b.name) for b in bitmaps}
-    return tuple(name for name, epoch in epochs.items() if epoch is not None and epoch < newest_point)
+    """Those that nobody will need, to be removed in this order, the oldest first: whoever is killed on the way must not
+    leave a bitmap without one after it, with which it would look as if they told of all that was written. For the same
+    reason one that is not usable stays while it is newer than the newest point."""
+    epochs = {epoch: b.name for b in bitmaps if (epoch := epoch_of(repository, group, b.name)) is not None}
+    return tuple(epochs[epoch] for epoch in sorted(epochs) if epoch < newest_point)

@@ -24,39 +24,41 @@ class Bitmap:
 
 
 class Disk(RuleBasedStateMachine):
-    """A disk whose guest writes, is ended in peace or killed, while epochs are cut, published and aborted."""
+    """A disk whose guest writes, is ended in peace or killed, while epochs are cut, published and aborted. What they build
+    on is the newest point, or an older one, or none, where points cannot be read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bitmaps: dict[str, Bitmap] = {}
-        self.written: set[int] = set()
-        """Since the cut of the newest point."""
-        self.point = self.epoch = 0
+        self.written: dict[int, set[int]] = {0: set()}
+        """By point, since its cut."""
+        self.epoch = 0
 
     @rule(block=st.integers(0, 5))
     def write(self, block: int) -> None:
-        self.written.add(block)
+        for blocks in self.written.values():
+            blocks.add(block)
         for bitmap in self.bitmaps.values():
             if bitmap.is_recording:
                 bitmap.blocks.add(block)
 
-    @rule(is_published=st.booleans(), tidies=st.booleans())
-    def cut(self, is_published: bool, tidies: bool) -> None:
+    @rule(is_published=st.booleans(), removed=st.integers(0, 9), unread=st.integers(0, 2))
+    def cut(self, is_published: bool, removed: int, unread: int) -> None:
         self.epoch += 1
-        rotation = rotate(self._tracking(), REPOSITORY, GROUP, self.point, self.epoch)
+        parent = sorted(self.written)[-1 - min(unread, len(self.written) - 1)]
+        rotation = rotate(self._tracking(), REPOSITORY, GROUP, parent, self.epoch)
         for name in rotation.disable:
             assert self.bitmaps[name].is_usable, "QEMU refuses to disable an inconsistent one"
             self.bitmaps[name].is_recording = False
+        named = set().union(*(self.bitmaps[name].blocks for name in rotation.changed))
+        assert rotation.compare or self.written[parent] <= named
         for name in rotation.remove:
             del self.bitmaps[name]
         self.bitmaps[rotation.add] = Bitmap()
-        named = set().union(*(self.bitmaps[name].blocks for name in rotation.changed))
-        assert rotation.compare or self.written <= named
         if is_published:
-            self.point, self.written = self.epoch, set()
-        if tidies:
-            for name in leftovers(self._tracking(), REPOSITORY, GROUP, self.point):
-                del self.bitmaps[name]
+            self.written[self.epoch] = set()
+        for name in leftovers(self._tracking(), REPOSITORY, GROUP, max(self.written))[:removed]:
+            del self.bitmaps[name]
 
     @rule()
     def end_in_peace(self) -> None:
@@ -78,7 +80,8 @@ class Disk(RuleBasedStateMachine):
             bitmap.is_recording = False
 
     def _tracking(self) -> list[Tracking]:
-        return [Tracking(name, b.is_recording, b.is_usable) for name, b in self.bitmaps.items()]
+        """As QEMU lists them, the newest first."""
+        return [Tracking(name, b.is_recording, b.is_usable) for name, b in reversed(self.bitmaps.items())]
 
 
 TestDisk = Disk.TestCase
@@ -123,6 +126,20 @@ def test_bitmaps_of_others_mean_nothing() -> None:
     rotation = rotate([Tracking(name, True, True) for name in others], REPOSITORY, GROUP, 7, 8)
     assert (rotation.disable, rotation.changed) == ((), ())
     assert rotation.compare == "no bitmap records what was written since point 7"
+
+
+def test_after_a_compare_no_bitmap_is_left_that_an_older_point_or_a_newer_one_could_be_told_by() -> None:
+    """7 is a point that the cut of 9 did not see, so that 9 builds on 6; somebody has stopped bitmap 7."""
+    stopped = [tracking(7, is_recording=False), tracking(6, is_recording=False), tracking(5, is_recording=False)]
+    rotation = rotate(stopped, REPOSITORY, GROUP, 6, 9)
+    assert rotation.remove == tuple(name_of(REPOSITORY, GROUP, number) for number in (5, 6, 7))
+    assert rotate([tracking(7, is_recording=False)], REPOSITORY, GROUP, 0, 9).remove == (name_of(REPOSITORY, GROUP, 7),)
+
+
+def test_leftovers_go_oldest_first() -> None:
+    """Were 6 gone before 5, and then 7 not to be read, 5 and 7 would tell less than what was written since 5."""
+    found = [tracking(7), tracking(6, is_recording=False), tracking(5, is_recording=False)]
+    assert leftovers(found, REPOSITORY, GROUP, 7) == tuple(name_of(REPOSITORY, GROUP, number) for number in (5, 6))
 
 
 @given(st.text(max_size=40))
