@@ -48,11 +48,13 @@ class Frozen:
 
 class Vm:
     """A guest under its monitor. `order` is held by whoever stops, continues or finalizes a job: with an IOThread, QEMU
-    aborts if a job ends just when it is stopped or continued."""
+    aborts if a job ends just when it is stopped or continued. `turn` is an epoch's from its look at the bitmaps until
+    it has cut or given up: were another to cut in between, what is written then would go to a bitmap of that one's."""
 
     def __init__(self, monitor: Monitor, guard: GuardLink, journal: Journal) -> None:
         self.monitor = monitor
         self.order = asyncio.Lock()
+        self.turn = asyncio.Lock()
         self._guard = guard
         self._journal = journal
 

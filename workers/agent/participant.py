@@ -50,20 +50,22 @@ class Machine:
         self._scratch = scratch
 
     async def take_part(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Taken:
-        """From the preparation to the cut. AbortedError where nothing comes of it; whatever else fails aborts the epoch
-        too, and is raised."""
-        parts: list[Part] = []
-        try:
-            await self._prepare(epoch, parts)
-            pass_point("between-prepare-and-prepared")
-            standing = await barrier.prepared(epoch, self.name)
-            standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
-            refuse_aborted(epoch, standing)
-            return await self._cut(epoch, parts, barrier, feed)
-        except BaseException as error:
-            await self._drop(parts)
-            await self._tell(epoch, barrier, error)
-            raise
+        """From the preparation to the cut, one epoch at a time: one that was aborted after its go may be about to cut
+        when the next is opened. AbortedError where nothing comes of it; whatever else fails aborts the epoch too, and
+        is raised."""
+        async with self.vm.turn:
+            parts: list[Part] = []
+            try:
+                await self._prepare(epoch, parts)
+                pass_point("between-prepare-and-prepared")
+                standing = await barrier.prepared(epoch, self.name)
+                standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
+                refuse_aborted(epoch, standing)
+                return await self._cut(epoch, parts, barrier, feed)
+            except BaseException as error:
+                await self._drop(parts)
+                await self._tell(epoch, barrier, error)
+                raise
 
     async def _prepare(self, epoch: Epoch, parts: list[Part]) -> None:
         """Adds to `parts` what is there, so that it can be dropped after an error."""

@@ -24,8 +24,8 @@ class Bitmap:
 
 
 class Disk(RuleBasedStateMachine):
-    """A disk whose guest writes, is ended in peace or killed, while epochs are cut, published and aborted. What they build
-    on is the newest point, or an older one, or none, where points cannot be read."""
+    """A disk whose guest writes, is ended in peace or killed, while epochs are cut, published and aborted. What they
+    build on is the newest point, or an older one, or none, where points cannot be read."""
 
     def __init__(self) -> None:
         super().__init__()
