@@ -1,6 +1,7 @@
 """The models, searched by spin: each holds, and each of its mutations is found out.
 
-collection.pml: who may remove what from a repository. barrier.pml: the barrier of a group's epoch.
+collection.pml: who may remove what from a repository. barrier.pml: the barrier of a group's epoch. rotation.pml: which
+bitmaps tell what was written. decide.pml: how an epoch is decided.
 
 A scenario is searched to its end: every order in which its processes can act. All of them in one would be far too many
 states, so each scenario has what some rule is about. To look at what spin has found: see CONTRIBUTING.md.
@@ -128,7 +129,59 @@ BARRIER = Model(
         "GUARD_ACTS_ONCE": "agents that die",
     },
 )
-MODELS = (COLLECTION, BARRIER)
+ROTATION = Model(
+    "rotation",
+    scenarios={
+        "any point as a parent": ("ENDS=0", "EPOCHS=5"),
+        "the newest point as the parent": ("OLDER=0",),
+        "a QEMU that ends": (),
+        "a raw image": ("KEEPS=0",),
+        "two blocks": ("BLOCKS=2", "EPOCHS=3"),
+    },
+    mutations={
+        # what bitmap.py concludes
+        "NEWEST_ONLY": "the newest point as the parent",
+        "GAPS_TRUSTED": "the newest point as the parent",
+        "OTHERS_TRUSTED": "the newest point as the parent",
+        "NONE_REMOVED": "the newest point as the parent",
+        "ONLY_PARENTS_REMOVED": "any point as a parent",
+        "NEWER_REMOVED": "the newest point as the parent",
+        "NEWEST_REMOVED_FIRST": "any point as a parent",
+        # what the agent, and others, do
+        "TWO_AT_ONCE": "the newest point as the parent",
+        "DISABLED_IN_BETWEEN": "the newest point as the parent",
+    },
+)
+DECIDE = Model(
+    "decide",
+    scenarios={
+        "leaders that sleep": ("TAKEOVERS=1", "WORKERS=2"),
+        "jobs that fail": ("FAILURES=1", "WORKERS=2"),
+        "a prune": ("PRUNES=1", "TAKEOVERS=1"),
+        "a prune, and jobs that are late": ("PRUNES=1", "WORKERS=2", "ROUNDS=1"),
+        "two prunes": ("PRUNES=2",),
+        "a ledger that forgets, and a leader that sleeps": ("LOSSES=1", "TAKEOVERS=1"),
+        "a ledger that forgets, and jobs that are late": ("LOSSES=1", "WORKERS=2", "ROUNDS=1"),
+        "a ledger that forgets, and a prune": ("LOSSES=1", "PRUNES=1"),
+        "a ledger that forgets everything": ("RUINS=1", "WORKERS=2"),
+    },
+    mutations={
+        # what a leader does
+        "HALF": "jobs that fail",
+        "SEAL_RETIRES": "jobs that fail",
+        "RUN_NOT_FENCED": "a ledger that forgets, and jobs that are late",
+        # what the jobs of a round do
+        "COUNTED_IS_PARENT": "jobs that fail",
+        "OPEN_UNDECIDED": "a ledger that forgets everything",
+        "PLAIN_PUT": "a prune",
+        "PLAIN_TOMBSTONE": "a prune",
+        # what a prune does
+        "NO_TOMBSTONE": "a prune",
+        "COLLECT_UNDECIDED": "a prune",
+    },
+    defaults=frozenset({"LAST"}),
+)
+MODELS = (COLLECTION, BARRIER, ROTATION, DECIDE)
 
 pytestmark = pytest.mark.needs("spin", "gcc")
 
