@@ -25,7 +25,8 @@ GROUP_WAKE = "group:"
 
 
 class DeposedError(FlushpointError):
-    """Another coordinator leads; this one must stop acting."""
+    """Another coordinator leads, or the server was restarted and its run is not adopted yet: this one must stop acting
+    on what it has read."""
 
 
 class LedgerUnavailableError(UnavailableError):

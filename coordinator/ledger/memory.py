@@ -163,7 +163,7 @@ class MemoryLedger(MemoryPoints, MemoryGroups, MemoryEpochs):
 
     def adopt_run(self, term: Term, hold_ms: int) -> int:
         with self._changed:
-            self._fence(term)
+            self._check_leader(term)
             self._hold_until = self._now_ms() + (hold_ms if self._adopted_run else 0)
             self._adopted_run = self._run
             over = sorted(self._leases, key=lambda member: (self._leases[member], "/".join(member)))
@@ -615,6 +615,11 @@ class MemoryLedger(MemoryPoints, MemoryGroups, MemoryEpochs):
         return int(self._clock() * 1000)
 
     def _fence(self, term: Term) -> None:
+        self._check_leader(term)
+        if self._adopted_run not in (0, self._run):
+            raise deposed(term)
+
+    def _check_leader(self, term: Term) -> None:
         if term != Term(self._generation, self._leader):
             raise deposed(term)
 

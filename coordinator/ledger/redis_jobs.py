@@ -25,7 +25,10 @@ SURPLUS_JOBS = 100
 
 
 def deposed(term: Term) -> DeposedError:
-    return DeposedError(f"another coordinator leads (this one had generation {term.generation})")
+    return DeposedError(
+        f"another coordinator leads, or the ledger's server was restarted since (this one has generation"
+        f" {term.generation})"
+    )
 
 
 def fence_of(term: Term | None) -> tuple[int | str, str]:

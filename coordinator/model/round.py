@@ -113,7 +113,7 @@ def jobs_of(group: GroupRecord) -> tuple[str, ...]:
     others = (*group.done_with, *((group.prune_job,) if group.prune_job else ()))
     if at_work is None:
         return others
-    return (*others, _job(at_work, "open"), *_copies(at_work), _job(at_work, "publish"), _job(at_work, "end"))
+    return (*others, _opening_job(at_work), *_copies(at_work), _job(at_work, "publish"), _job(at_work, "end"))
 
 
 def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Action | None:
@@ -191,7 +191,7 @@ def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
 
 
 def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
-    job_id = _job(at_work, "open")
+    job_id = _opening_job(at_work)
     job = seen.jobs.get(job_id)
     if job is None:
         task = OpenEpoch(
@@ -276,9 +276,9 @@ def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> A
     if job is None:
         if lost := _lost(at_work, seen):
             return _end(group, at_work, lost)
-        gone = [copy for copy in copies if copy not in seen.jobs]
+        gone = [copy for copy in copies if copy not in seen.jobs or not seen.jobs[copy].result]
         if gone:
-            return _end(group, at_work, f"job {gone[0]} is gone")
+            return _end(group, at_work, f"what job {gone[0]} copied is lost")
         assert seen.epoch is not None
         task = PublishEpoch(
             repository=at_work.spec.repository,
@@ -303,7 +303,7 @@ def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Actio
     epoch = seen.epoch
     if epoch is not None and epoch.number == at_work.number and not epoch.is_over:
         return GiveUp(epoch.number, at_work.why)
-    begun = [_job(at_work, "open"), *_copies(at_work), _job(at_work, "publish")]
+    begun = [_opening_job(at_work), *_copies(at_work), _job(at_work, "publish")]
     going = [job for job_id in begun if (job := seen.jobs.get(job_id)) and job.state is not State.CONCLUDED]
     if going:
         cancelled = tuple(job.id for job in going if job.cancel_requested != "force")
@@ -372,6 +372,8 @@ def _lost(at_work: Round, seen: Seen) -> str:
     """Why nothing can come of the round's epoch any more; "" while something can."""
     if seen.epoch is None or seen.epoch.number != at_work.number:
         return f"the ledger has lost epoch {at_work.number}"
+    if seen.epoch.phase is Phase.RETIRED:
+        return "it was published, and the ledger has lost that"
     return seen.epoch.why if seen.epoch.phase is Phase.ABORTED else ""
 
 
@@ -448,7 +450,12 @@ def _cut_at(epoch: Epoch) -> float:
 
 
 def _job(at_work: Round, what: str) -> str:
-    return f"{at_work.id}-{what}"
+    """With the epoch's number: a ledger that has lost writes may find the round announcing another one."""
+    return f"{at_work.id}-{at_work.number}-{what}"
+
+
+def _opening_job(at_work: Round) -> str:
+    return f"{at_work.id}-open"
 
 
 def _copies(at_work: Round) -> list[str]:

@@ -71,8 +71,8 @@ class ControlLoop:
             try:
                 for sentence in self.cycle():
                     log.info(sentence, generation=self._term.generation if self._term else 0)
-            except DeposedError:
-                log.warning("another coordinator leads now")
+            except DeposedError as error:
+                log.warning("steps down", error=str(error))
                 self._step_down()
             except UnavailableError as error:
                 log.warning("the ledger is away", error=str(error))

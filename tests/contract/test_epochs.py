@@ -44,6 +44,8 @@ from coordinator.model.epoch import (
     ViewKind,
 )
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError, UsageError
+from coordinator.model.group import GroupRecord, GroupSpec
+from coordinator.model.job import JobSpec
 from tests.contract.conftest import ValkeyServer
 
 HOUR_MS = 3_600_000
@@ -53,6 +55,7 @@ WAIT_S = 30.0
 """For what comes at once."""
 DB = Participant(vm="db", host="hv1", qmp="/run/db.qmp", disks=("vda", "vdb"))
 WEB = Participant(vm="web", host="hv2", disks=("vda",))
+GROUP = GroupSpec(repository="repo+file:///r", members=(DB,))
 SPEC = EpochSpec(
     participants=(DB, WEB),
     prepare_ms=HOUR_MS,
@@ -711,13 +714,40 @@ def test_after_a_restart_no_epoch_is_opened_before_recovery(
     term = led(ledger)
     ledger.open_epoch(term, "shop", SPEC)
     restart()
-    with pytest.raises(RefusedError, match="was restarted"):
+    with pytest.raises(DeposedError, match="was restarted"):
         ledger.open_epoch(term, "mail", SPEC)
     epoch = ledger.newest_epoch("shop")
     assert epoch is not None
     assert epoch.phase is Phase.PREPARING
     ledger.adopt_run(term, 0)
     assert ledger.open_epoch(term, "mail", SPEC).number == 1
+
+
+def test_a_leader_decides_nothing_by_what_it_read_before_a_restart(
+    restartable: tuple[Ledger, Callable[[], None]],
+) -> None:
+    """The server may have lost what was read, and its term may be all that is left."""
+    ledger, restart = restartable
+    term = led(ledger)
+    ledger.open_epoch(term, "shop", SPEC)
+    spec = JobSpec(source="/a", target="/b")
+    ledger.submit("job1", spec)
+    group = ledger.put_group(GroupRecord(name="shop", spec=GROUP))
+    restart()
+    steps: list[Callable[[], object]] = [
+        lambda: ledger.submit("job2", spec, term=term),
+        lambda: ledger.update("job1", ledger.job("job1").version, {"speed": 1}, term=term),
+        lambda: ledger.put_group(group, term=term),
+        lambda: ledger.give_up_epoch(term, "shop", 1, "why"),
+        lambda: ledger.expire_epochs(term),
+        lambda: ledger.reap(term, 1),
+    ]
+    for step in steps:
+        with pytest.raises(DeposedError):
+            step()
+    ledger.adopt_run(term, 0)
+    for step in steps:
+        step()
 
 
 # -- in Redis alone ---------------------------------------------------------------------------------------------

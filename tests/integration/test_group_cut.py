@@ -13,14 +13,14 @@ import pytest
 
 from coordinator.ledger import RedisLedger, open_barrier
 from coordinator.model.epoch import Epoch, EpochSpec, GoKey, Participant, Phase
-from coordinator.model.errors import UnavailableError
+from coordinator.model.errors import RefusedError, UnavailableError
 from tests.contract.conftest import running_valkey
 from tests.guest import GuestKit
 from tests.live_guest import LiveDisk, LiveGuest, first_number, running_pair
 from workers.agent.cut import Frozen, Vm
 from workers.agent.feed import Feed
 from workers.agent.guard import Guard, GuardLink
-from workers.agent.guest import OURS
+from workers.agent.guest import OURS, look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
 from workers.agent.participant import AbortedError, Machine, Taken
@@ -86,13 +86,15 @@ class Group:
         vm = Vm(monitor, link, Journal(self._directory / "journal"))
         return Machine(guest.directory.name, vm, self._directory)
 
-    def opened(self, *, freeze_ms: int = DEADLINE_MS) -> Epoch:
+    def opened(self, *, freeze_ms: int = DEADLINE_MS, parent: int = 0) -> Epoch:
         parts = [
             Participant(vm=guest.directory.name, host=HOST, disks=tuple(disk.name for disk in guest.disks))
             for guest in self._guests
         ]
         times = {"prepare_ms": DEADLINE_MS, "freeze_ms": freeze_ms, "hold_ms": HOUR_MS}
-        spec = EpochSpec(participants=tuple(parts), repository="0a1b", **times)
+        disks = [f"{part.vm}/{disk}" for part in parts for disk in part.disks]
+        parents = dict.fromkeys(disks, parent) if parent else {}
+        spec = EpochSpec(participants=tuple(parts), repository="0a1b", parents=parents, **times)
         return self._ledger.open_epoch(self._term, self._name, spec)
 
     def standing(self) -> Epoch:
@@ -209,5 +211,36 @@ def test_a_machine_that_is_not_frozen_in_time_aborts_the_epoch_and_nobody_stands
             for guest in pair:
                 guest.wait_until_it_writes()
             await group.numbers()
+
+    asyncio.run(check())
+
+
+def test_a_bitmap_that_somebody_disables_before_the_cut_is_not_believed(
+    pair: tuple[LiveGuest, LiveGuest], tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with Group(pair, tmpfs_path) as group:
+            await group.numbers()  # its bitmaps record from here on
+            vm = group.machines[1].vm
+            freeze = vm.freeze
+
+            async def disabled(deadline_s: float) -> Frozen:
+                disk = (await look_at(vm.monitor)).disk("b")
+                (name,) = [b.name for b in disk.bitmaps if b.name.endswith(f"{group.standing().group}:1")]
+                await vm.monitor.execute("block-dirty-bitmap-disable", {"node": disk.node, "name": name})
+                return await freeze(deadline_s)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(vm, "freeze", disabled)
+                first, second = await group.taken(group.opened(parent=1))
+            assert isinstance(first, AbortedError)
+            assert isinstance(second, RefusedError)
+            assert "somebody has changed the bitmaps of b" in group.standing().why
+            lead, follow = await group.taken(group.opened(parent=1))
+            assert isinstance(lead, Taken)
+            assert isinstance(follow, Taken)
+            assert (lead.parts[0].rotation.since, follow.parts[0].rotation.since) == (1, 0)
+            for machine, taken in zip(group.machines, (lead, follow), strict=True):
+                await remove(machine.vm.monitor, taken.parts[0].view)
 
     asyncio.run(check())

@@ -390,10 +390,11 @@ inline do_it() {
     fi
 }
 
-/* What was read before the ledger's server was started again is worth nothing, for it may be lost. NOT SO IN THE CODE
-   YET: submit, put_group, update, give_up and retire look at the term alone, which an older ledger knows, too. A leader
-   that is stopped between its look and its action then retires an epoch that is being cut, and waits for it for ever; or
-   adds a job of the round's lost epoch, in which the round finds the decision of its next one. */
+/* What was read before the ledger's server was started again is worth nothing, for it may be lost. So every step of a
+   leader is refused until the server's run is adopted (deposed in prelude.lua). With the term alone, which an older
+   ledger knows, too, a leader that is stopped between its look and its action retires an epoch that is being cut, and
+   waits for it for ever; or adds a job of the round's lost epoch, in which the round finds the decision of its next
+   one. */
 #ifdef RUN_NOT_FENCED
 #define MAY_ACT (leader == me)
 #else

@@ -277,8 +277,8 @@ end:
 }
 #endif
 
-/* What is looked at while a machine prepares is believed when it is cut. NOT SO IN THE CODE YET: a bitmap that somebody
-   disables in between is taken for one that has recorded all the time. */
+/* What is looked at while a machine prepares is believed when it is cut, for the cut looks once more (_refuse_changed
+   in cut.py). Without that a bitmap that somebody disables in between is taken for one that has recorded all the time. */
 active proctype Somebody() {
 end:
     do

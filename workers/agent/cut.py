@@ -81,6 +81,8 @@ class Vm:
     async def take(self, frozen: Frozen, parts: Sequence[Part]) -> None:
         """Rotate and insert, all within the deadline. RefusedError if the guest ran meanwhile: the views are worth
         nothing then. After any error they are to be removed."""
+        if any(part.rotation.since for part in parts):
+            await self._refuse_changed(frozen, parts)
         if parts:
             await self.monitor.execute("transaction", {"actions": _actions(parts)}, _left(frozen))
         await views.insert(self.monitor, [part.view for part in parts], _left(frozen))
@@ -91,6 +93,21 @@ class Vm:
                 "somebody let the guest run while it was cut",
                 "keep others from continuing it, or give it a longer deadline",
             )
+
+    async def _refuse_changed(self, frozen: Frozen, parts: Sequence[Part]) -> None:
+        """RefusedError if bitmaps are not what they were when the rotation was decided: who has disabled one since, has
+        hidden writes from it."""
+        for block in await self.monitor.execute("query-block", timeout_s=_left(frozen)):
+            inserted = block.get("inserted") or {}
+            now = {bitmap.get("name"): bool(bitmap["recording"]) for bitmap in inserted.get("dirty-bitmaps", ())}
+            for part in parts:
+                if part.view.disk.node != inserted.get("node-name") or not part.rotation.since:
+                    continue
+                if any(now.get(name) is not (name in part.rotation.disable) for name in part.rotation.changed):
+                    raise RefusedError(
+                        f"somebody has changed the bitmaps of {part.view.disk.device} just now",
+                        "keep others from them; the next epoch compares contents",
+                    )
 
     async def thaw(self, frozen: Frozen) -> float:
         """Let the guest run again if it did before; how long it stood still, in seconds. GuestSilentError: then the

@@ -207,10 +207,11 @@ class Agent:
         """Those that nobody needs beside the one that records since this point."""
         for participant in point.on(self._host):
             vm = await self._vm(Path(participant.qmp))
-            guest = await look_at(vm.monitor)
-            for disk in map(guest.disk, participant.disks):
-                for name in leftovers(disk.tracking(), point.spec.repository, point.group, point.number):
-                    await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
+            async with vm.turn:  # the next epoch may just have looked at them
+                guest = await look_at(vm.monitor)
+                for disk in map(guest.disk, participant.disks):
+                    for name in leftovers(disk.tracking(), point.spec.repository, point.group, point.number):
+                        await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
 
     def _place(self, group: str, number: int) -> Path:
         return self._scratch / f"{group}@{number}"

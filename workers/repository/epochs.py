@@ -156,13 +156,18 @@ def reopen(
 
 def _taken_up(repository: Repository, seen: Group, hold: Hold, disks: Sequence[str], owner: str) -> list[Epoch]:
     """Of the points that the hold keeps, each disk stands on the newest that has it."""
+    now = repository.decisions.about(hold.group, hold.epoch, *hold.points)
+    if not set(hold.points) <= set(now.present()):
+        abandon(repository, hold.group, hold.epoch, "what it builds on was pruned before it was held")
+        what = f"points of group {hold.group!r} were pruned while epoch {hold.epoch} was opened"
+        raise RefusedError(what, "try again")
     held = [repository.decisions.decision(hold.group, point) for point in sorted(hold.points)]
     epochs = []
     for disk in disks:
         having = [point for point in held if point is not None and point.member(disk) is not None]
         epochs.append(Epoch(hold.group, hold.epoch, disk, owner, having[-1] if having else None, hold.points))
     _, damaged = _newest_with(repository, seen, disks)
-    return _missing(epochs, damaged, repository.decisions.about(hold.group, hold.epoch))
+    return _missing(epochs, damaged, now)
 
 
 def _pins(parents: Mapping[str, Decision]) -> tuple[int, ...]:

@@ -2,10 +2,10 @@
 -- Keys: leader (read), run, hold, leases, leased:*, unit:*, job:*, ready:*, runnable, turn (written).
 -- ARGV: generation, nonce, hold in ms.
 -- Returns -1 if deposed, else the number of units made ready.
-if deposed(ARGV[1], ARGV[2]) then
+if not leads(ARGV[1], ARGV[2]) then
   return -1
 end
-local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+local run = server_run()
 -- A ledger without any record of a run grants no leases: it is new, or its last leader resigned when there was none.
 local hold = redis.call('EXISTS', P .. 'run') == 1 and tonumber(ARGV[3]) or 0
 -- A renewal may be among the writes that were lost, so a holder may live as long as claims are held back.

@@ -47,9 +47,20 @@ local function unit_key(job, unit) return P .. 'unit:' .. job .. '/' .. unit end
 local function ready_key(job) return P .. 'ready:' .. job end
 
 -- Leadership: true when (generation, nonce) is not the current term.
-local function deposed(generation, nonce)
+local function leads(generation, nonce)
   local leader = redis.call('HMGET', P .. 'leader', 'generation', 'nonce')
-  return leader[1] ~= generation or leader[2] ~= nonce
+  return leader[1] == generation and leader[2] == nonce
+end
+
+local function server_run()
+  return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+end
+
+-- A leader that read before the server was restarted may decide by what the server has lost, and its term may be all
+-- that is left: until it, or another, has adopted the new run, it decides nothing.
+local function deposed(generation, nonce)
+  local run = redis.call('GET', P .. 'run')
+  return not leads(generation, nonce) or (run and run ~= server_run())
 end
 
 local RUNS = { running = true, ready = true, waiting = true }

@@ -404,6 +404,36 @@ def test_numbers_go_on_where_either_the_ledger_or_the_repository_has_counted_to(
     assert (outcome.published, outcome.number) == (True, 8)
 
 
+def test_a_round_that_the_ledger_has_forgotten_to_be_over_finds_its_point(world: World) -> None:
+    """The server has lost its last second: the epoch is retired, and the group seems to be cutting still."""
+    request = world.ask()
+    while world.group.round is None or world.group.round.stage is not Stage.CUTTING:
+        world.cycle()
+        world.mover(lambda: False)
+    forgotten = world.group.round
+    world.settle()
+    assert world.group.published == 1
+    put(world, round=forgotten, outcomes=(), published=0)
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert outcome.published
+    world.check()
+
+
+def test_what_was_copied_and_lost_is_not_published(world: World) -> None:
+    request = world.ask()
+    copying(world)
+    assert world.group.round is not None
+    put(world, round=world.group.round.model_copy(update={"stage": Stage.PUBLISHING}))
+    world.settle()
+    outcome = world.group.outcome_for(request)
+    assert outcome is not None
+    assert not outcome.published
+    assert "is lost" in outcome.why
+    world.check()
+
+
 def events(world: World) -> list[str]:
     return [event["event"] for event in world.ledger.events(limit=1000) if event["job"] == ""]
 

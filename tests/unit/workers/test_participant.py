@@ -29,7 +29,7 @@ class Told(Machine):
     async def _cut(self, epoch: Any, parts: Sequence[Part], barrier: Any, feed: Any) -> Taken:
         await self.may_cut.wait()
         self.did.append(f"{epoch.number} rotates")
-        return Taken(parts, CutFacts(cut_at=0, freeze_ms=0, filesystem_consistent=False, views=()))
+        return Taken(parts, CutFacts(cut_at=0, freeze_ms=0, filesystem_consistent=False, views=()), GONE_ON)
 
 
 class Barrier:

@@ -8,7 +8,7 @@ local group, numbers = ARGV[3], P .. 'epoch_numbers'
 if deposed(ARGV[1], ARGV[2]) then
   return { 'deposed' }
 end
-if redis.call('GET', P .. 'run') ~= string.match(redis.call('INFO', 'server'), 'run_id:(%x+)') then
+if redis.call('EXISTS', P .. 'run') == 0 then
   return { 'restarted' }
 end
 local last = redis.call('HGET', numbers, group) or '0'
