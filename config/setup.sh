@@ -3,7 +3,7 @@
 #
 #   config/setup.sh venv DIR     a virtual environment with exactly the packages of requirements.lock
 #   config/setup.sh system       the programs that tests and the demo use, through apt where allowed, and the guest
-#   config/setup.sh guest        what tests boot as a guest, unpacked in the user's cache and not installed
+#   config/setup.sh guest        what tests boot as a guest and run in it, unpacked in the user's cache and not installed
 #   config/setup.sh bench        what the bench uses beside them
 set -euo pipefail
 
@@ -106,11 +106,20 @@ guest_packages() {
     echo "$kernel" busybox-static "$(depends_of "$kernel" 'linux-modules-[0-9]')"
 }
 
+# QEMU's agent for guests, with the libraries it is linked to and those that they are.
+agent_packages() {
+    local libraries library
+    libraries=$(depends_of qemu-guest-agent lib)
+    [ -n "$libraries" ] || return 1
+    { echo qemu-guest-agent && echo "$libraries" && for library in $libraries; do depends_of "$library" lib; done; } | sort -u
+}
+
 depends_of() { LC_ALL=C apt-cache depends "$1" 2>/dev/null | sed -n "s/^ *Depends: \\($2.*\\)/\\1/p"; }
 
-fetch_guest() {
+# fetch DIRECTORY LISTING: the packages that the function LISTING names, unpacked there
+fetch() {
     local packages package
-    packages=$(guest_packages) || return 1
+    packages=$("$2") || return 1
     # shellcheck disable=SC2086
     (cd "$1" && apt-get -qq -o APT::Sandbox::User=root download $packages </dev/null >&2) || return 1
     for package in "$1"/*.deb; do
@@ -118,24 +127,30 @@ fetch_guest() {
     done
 }
 
-# Fetched once: remove the directory to have a newer kernel.
+# Fetched once: remove the directories to have a newer kernel and agent.
 guest() {
+    fetch_once guest guest_packages "a kernel (linux-image-cloud-amd64 or linux-image-virtual) and busybox-static" &&
+        fetch_once guest-agent agent_packages "qemu-guest-agent and its libraries"
+}
+
+# fetch_once NAME LISTING WHAT
+fetch_once() {
     local cache=${XDG_CACHE_HOME:-~/.cache}/flushpoint-tests part prefix
-    [ ! -d "$cache/guest" ] || return 0
+    [ ! -d "$cache/$1" ] || return 0
     if ! has apt-get || ! has dpkg-deb; then
-        say "setup: the kernel of the guest comes from Debian's or Ubuntu's packages, and apt is not here"
+        say "setup: the guest of the tests comes from Debian's or Ubuntu's packages, and apt is not here"
         return 1
     fi
-    say "setup: fetching the guest of the tests"
-    mkdir -p "$cache" && part=$(mktemp -d "$cache/guest.XXXXXX") || return 1
+    say "setup: fetching $3"
+    mkdir -p "$cache" && part=$(mktemp -d "$cache/$1.XXXXXX") || return 1
     # The second try is for lists of packages that are old or not there.
-    if ! fetch_guest "$part" &&
-        ! { prefix=$(apt_prefix) && $prefix apt-get -qq update </dev/null >&2 && fetch_guest "$part"; }; then
+    if ! fetch "$part" "$2" &&
+        ! { prefix=$(apt_prefix) && $prefix apt-get -qq update </dev/null >&2 && fetch "$part" "$2"; }; then
         rm -rf "$part"
-        say "setup: apt could not fetch a kernel (linux-image-cloud-amd64 or linux-image-virtual) and busybox-static"
+        say "setup: apt could not fetch $3"
         return 1
     fi
-    mv -T "$part" "$cache/guest" 2>/dev/null || rm -rf "$part"  # somebody else was faster
+    mv -T "$part" "$cache/$1" 2>/dev/null || rm -rf "$part"  # somebody else was faster
 }
 
 system() {

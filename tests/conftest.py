@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 from hypothesis import settings
 
-from tests.guest import GuestKit, NoGuestError
+from tests.guest import GuestKit, NoGuestError, agent_files
 
 _SYSTEM_PATHS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Servers such as nft and rabbitmq-server live here; the PATH of an ordinary user lacks it."""
@@ -46,6 +46,16 @@ def guest_kit() -> GuestKit:
     """What guests boot; without it a laptop skips the test, and CI fails it."""
     try:
         return GuestKit.get()
+    except NoGuestError as error:
+        reason = str(error)
+    _do_without(reason)
+
+
+@pytest.fixture(scope="session")
+def guest_agent() -> Mapping[str, bytes]:
+    """What a guest runs to be told from outside to freeze its file systems; missing, the same."""
+    try:
+        return agent_files()
     except NoGuestError as error:
         reason = str(error)
     _do_without(reason)

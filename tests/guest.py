@@ -21,6 +21,7 @@ from __future__ import annotations
 import lzma
 import os
 import re
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,7 @@ class GuestKit:
     @classmethod
     def get(cls) -> Self:
         """From the packages in the user's cache; NoGuestError if they are not there."""
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        packages = Path(cache) / "flushpoint-tests" / "guest"
-        if not packages.is_dir():
-            raise NoGuestError(f"{packages} is not there: `make system` fetches it, through apt")
+        packages = _unpacked("guest")
         drivers = _drivers(_only(packages, "lib/modules/*", "usr/lib/modules/*"))
         files = {f"drivers/{name}.ko": _File(0o644, content) for name, content in drivers.items()}
         files["bin/busybox"] = _File(0o755, _only(packages, "bin/busybox", "usr/bin/busybox").read_bytes())
@@ -102,6 +100,20 @@ class GuestKit:
             words += ["-drive", f"{drive},if=none,id=d{number}"]
             words += ["-device", f"virtio-blk-pci,drive=d{number},id=v{number}"]
         return [*words, *extra]
+
+
+def agent_files() -> dict[str, bytes]:
+    """QEMU's guest agent as a test gives it to its guest, as `qemu-ga`, with its loader, `ld.so`, and its libraries by
+    their names; NoGuestError without its packages. The loader finds which of their libraries it needs."""
+    packages = _unpacked("guest-agent")
+    agent = _only(packages, "usr/sbin/qemu-ga", "usr/bin/qemu-ga")
+    loader = _only(packages, "lib/*/ld-linux-x86-64.so.2", "usr/lib/*/ld-linux-x86-64.so.2")
+    places = ":".join(map(str, [*packages.glob("lib/*-linux-gnu"), *packages.glob("usr/lib/*-linux-gnu")]))
+    command = [str(loader), "--library-path", places, "--list", str(agent)]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    libraries = re.findall(rf"^\s*(\S+) => ({re.escape(str(packages))}\S+)", listed, re.MULTILINE)
+    files = {name: Path(path) for name, path in libraries if "/" not in name}
+    return {name: path.read_bytes() for name, path in {**files, "qemu-ga": agent, "ld.so": loader}.items()}
 
 
 class Guest(Process):
@@ -143,6 +155,14 @@ def run_guest(command: Sequence[str], log: Path, timeout_s: float = BOOT_S) -> s
     """Boot a guest and wait for its end: what its console has shown. AssertionError unless its script succeeded."""
     with Guest(command, log) as guest:
         return guest.wait_until_off(timeout_s)
+
+
+def _unpacked(name: str) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    packages = Path(cache) / "flushpoint-tests" / name
+    if not packages.is_dir():
+        raise NoGuestError(f"{packages} is not there: `make system` fetches it, through apt")
+    return packages
 
 
 def _only(packages: Path, *patterns: str) -> Path:

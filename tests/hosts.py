@@ -22,18 +22,25 @@ class Host:
         self.name = name
         self.guest = guest
         self.scratch = directory / "scratch"
+        self.journal = directory / "frozen"
+        self.guard_socket = directory / "guard"
         self._directory = directory
         directory.mkdir()
         self._environ = {
             **os.environ,
             **environ,
-            "FLUSHPOINT_GUARD_SOCKET": str(directory / "guard"),
-            "FLUSHPOINT_JOURNAL_DIR": str(directory / "frozen"),
+            "FLUSHPOINT_GUARD_SOCKET": str(self.guard_socket),
+            "FLUSHPOINT_JOURNAL_DIR": str(self.journal),
             "FLUSHPOINT_SCRATCH_DIR": str(self.scratch),
         }
-        self.guard = self._started(["guard"], self._environ)
-        wait_until((directory / "guard").exists, "the guard's socket", STEP_S)
+        self.start_guard()
         self.agent: Process | None = None
+
+    def start_guard(self) -> None:
+        """The one before, if there was one, has ended."""
+        self.guard_socket.unlink(missing_ok=True)
+        self.guard = self._started(["guard"], self._environ)
+        wait_until(self.guard_socket.exists, "the guard's socket", STEP_S)
 
     def start_agent(self, failpoint: str = "") -> None:
         """In the place of the one before, which has ended; ready when this returns. `failpoint` is NAME:ACTION."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
 from tests.guest import Guest, GuestKit
-from tests.stack import wait_until
+from tests.stack import make_disk, wait_until
 from workers.access import Access
 from workers.sources import open_source
 
@@ -24,6 +24,17 @@ for disk in {names}; do until test -b $disk; do sleep 0.1; done; done
 {wait}/test/writer {words}
 """
 _WAIT_FOR_PORT = "until test -c /dev/vport*p1; do sleep 0.1; done\n"
+_FILES_SCRIPT = """\
+chmod +x /test/ld.so /test/qemu-ga
+until test -b /dev/vda && test -c /dev/vport*p1; do sleep 0.1; done
+mount -t ext4 /dev/vda /mnt
+/test/ld.so --library-path /test /test/qemu-ga -m virtio-serial -p $(ls /dev/vport*p1) -t /test -f /test/pid &
+n=0
+while true; do
+    n=$((n + 1)); echo $n > /mnt/$((n % 64))
+    if test $((n % 16)) = 0; then sync; echo "wrote $n"; fi
+done
+"""
 _WRITER = Path(__file__).with_name("guest_writer.c")
 
 
@@ -54,6 +65,16 @@ class LiveGuest:
     directory: Path
     disks: tuple[LiveDisk, ...]
 
+    @property
+    def agent(self) -> Path:
+        """Of a guest with files: the socket of its own agent. Not there for others."""
+        return self.directory / "agent"
+
+    @property
+    def user(self) -> Path:
+        """Of a guest with files: a second monitor, for its user."""
+        return self.directory / "user"
+
     def pid(self) -> int:
         return self.guest.pid
 
@@ -75,6 +96,22 @@ def running_guest(kit: GuestKit, directory: Path, disks: Sequence[LiveDisk]) -> 
 def wandering_guest(kit: GuestKit, directory: Path, disks: Sequence[LiveDisk]) -> Iterator[LiveGuest]:
     """The same, but it writes a little at a time, at no place of a disk twice before it was at all of them."""
     with _running(kit, directory, disks, f"wander {' '.join(_in_guest(disks))}", "", []) as guest:
+        guest.guest.wait_for("wrote ")
+        yield guest
+
+
+@contextmanager
+def running_with_files(kit: GuestKit, agent: Mapping[str, bytes], directory: Path) -> Iterator[LiveGuest]:
+    """A guest that runs QEMU's guest agent, and writes files on the ext4 of its one disk until it is killed."""
+    directory.mkdir(exist_ok=True)
+    disk = LiveDisk("v0", format="raw")
+    initramfs = kit.initramfs(directory, _FILES_SCRIPT, agent)
+    make_disk(disk.image(directory), disk.size, {})
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(disk.image(directory))], check=True, timeout=30)
+    extra = ["-chardev", f"socket,id=ga0,path={directory}/agent,server=on,wait=off", "-device", "virtio-serial-pci"]
+    extra += ["-device", "virtserialport,chardev=ga0,name=org.qemu.guest_agent.0"]
+    extra += ["-chardev", f"socket,id=m1,path={directory}/user,server=on,wait=off", "-mon", "chardev=m1,mode=control"]
+    with _booted(kit, directory, [disk], initramfs, extra) as guest:
         guest.guest.wait_for("wrote ")
         yield guest
 
@@ -113,6 +150,14 @@ def _running(
             continue
         command = ["qemu-img", "create", "-q", "-f", disk.format, str(disk.image(directory)), str(disk.size)]
         subprocess.run(command, check=True, timeout=30)
+    with _booted(kit, directory, disks, initramfs, extra) as guest:
+        yield guest
+
+
+@contextmanager
+def _booted(
+    kit: GuestKit, directory: Path, disks: Sequence[LiveDisk], initramfs: Path, extra: Sequence[str]
+) -> Iterator[LiveGuest]:
     monitor = directory / "qmp"
     qmp = ["-chardev", f"socket,id=m0,path={monitor},server=on,wait=off", "-mon", "chardev=m0,mode=control"]
     command = kit.command(initramfs, [], extra=[*qmp, *extra, *_words(disks, directory)])
@@ -145,6 +190,18 @@ def _words(disks: Sequence[LiveDisk], directory: Path) -> list[str]:
         else:
             words += ["-device", f"virtio-blk-pci,id={disk.name},drive={disk.node}{thread}"]
     return words
+
+
+def needs_recovery(image: Path) -> bool:
+    """Whether the ext4 in a raw image has a journal to replay. AssertionError if it has not and e2fsck still finds
+    something to do."""
+    told = subprocess.run(["dumpe2fs", "-h", image], capture_output=True, text=True, check=True, timeout=60).stdout
+    features = next(line for line in told.splitlines() if line.startswith("Filesystem features:")).split()
+    if "needs_recovery" in features:
+        return True
+    checked = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False, timeout=60)
+    assert checked.returncode == 0, checked.stdout
+    return False
 
 
 def compiled(directory: Path) -> bytes:
