@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
 
 from coordinator.model.errors import NotFoundError, RefusedError, UsageError
 from coordinator.model.repository_uri import is_name
@@ -96,10 +97,21 @@ def _still_to_come(phase: Phase) -> frozenset[Phase]:
     return following.union(*map(_still_to_come, following))
 
 
-class Participant(BaseModel):
-    """A virtual machine with disks in the group."""
+class Consistency(enum.StrEnum):
+    """What disks hold at a cut."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    CRASH = "crash"
+    """What they would after a power failure: file systems replay their journals."""
+    FILESYSTEM = "filesystem"
+    """File systems have written everything, and have nothing to replay."""
+
+
+class Participant(BaseModel):
+    """A virtual machine with disks in the group, in the words of the file that people write."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True, serialize_by_alias=True
+    )
 
     vm: str
     """Its name, by which it arrives."""
@@ -107,6 +119,8 @@ class Participant(BaseModel):
     """Whose agent drives it."""
     qmp: str = ""
     """Path of its monitor on that host."""
+    guest_agent: str = ""
+    """Path of the socket of its guest agent there; "": it has none."""
     disks: tuple[str, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -131,8 +145,8 @@ class EpochSpec(BaseModel):
     """From the last one PREPARED until all must be FROZEN; no guest is stopped for longer."""
     hold_ms: int = Field(gt=0)
     """From GO until all must be READABLE: as long as views are held, guests pay for them with each of their writes."""
-    consistency: Literal["crash", "filesystem"] = "crash"
-    """filesystem: file systems are frozen before a guest is stopped, where it lets us."""
+    consistency: Consistency = Consistency.CRASH
+    """filesystem: file systems are frozen before a guest is stopped, where it lets us; the facts of its cut tell."""
     repository: str = ""
     """Its id, for the names of bitmaps."""
     parents: Mapping[str, int] = Field(default_factory=dict)
@@ -190,6 +204,7 @@ class CutFacts(BaseModel):
     freeze_ms: float = Field(ge=0)
     """How long the guest stood still; 0 for one that was not running."""
     filesystem_consistent: bool
+    """Its file systems were frozen, all that its guest agent freezes, and stayed so until it was cut."""
     fallback: str = ""
     """Why it is not, where that was asked for."""
     views: tuple[DiskView, ...]

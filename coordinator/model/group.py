@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
-from coordinator.model.epoch import Participant
+from coordinator.model.epoch import Consistency, Participant
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import parse_bytes
 from coordinator.model.point import Retention
@@ -91,6 +91,10 @@ class GroupPolicy(_Words):
     speed: Rate = Field(default=0, ge=0, description="bytes per second over all disks; 0 is unlimited")
     speed_windows: tuple[SpeedWindow, ...] = Field(default=(), description="other limits by time of day; first match")
     time_zone: str = Field(default="UTC", description="of the windows, such as Europe/Vienna")
+    consistency: Consistency = Field(
+        default=Consistency.CRASH,
+        description="filesystem: guest agents freeze file systems for the cut; where one does not, its point says so",
+    )
     freeze_timeout: Seconds = Field(default=1.0, gt=0, le=60, description="no guest is ever stopped for longer")
     prepare_timeout: Seconds = Field(default=30.0, gt=0, description="how long the slowest machine may take to prepare")
     hold_timeout: Seconds = Field(
@@ -128,6 +132,8 @@ class GroupSpec(_Words):
         for member in self.members:
             if not member.qmp.startswith("/"):
                 raise ValueError(f"qmp of {member.vm} is no absolute path of a monitor's socket on {member.host}")
+            if member.guest_agent and not member.guest_agent.startswith("/"):
+                raise ValueError(f"guestAgent of {member.vm} is no absolute path of a socket on {member.host}")
         return self
 
     @property

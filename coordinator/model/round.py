@@ -237,6 +237,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         prepare_ms=round(policy.prepare_timeout * 1000),
         freeze_ms=round(policy.freeze_timeout * 1000),
         hold_ms=round(policy.hold_timeout * 1000),
+        consistency=policy.consistency,
         repository=at_work.repository,
         parents=at_work.parents,
     )
