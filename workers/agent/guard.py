@@ -4,13 +4,17 @@
 
     agent ── unix socket ──> guard
       freeze NAME, deadline, a duplicate of the monitor's descriptor     before `stop` is sent
-      thawed NAME                                                        after the answer to `cont`
+      freeze-files NAME, deadline, one of the guest agent's connection   before its file systems are frozen
+      thawed NAME                                                        after the answer to `cont`, or to the thaw
+      leave NAME, a duplicate                                            that answer did not come: the guard's alone now
       (the connection ends)                                              the agent is gone: all of its guests, at once
 
 A monitor has one client, so the guard never connects to one: it holds a duplicate of the descriptor the agent speaks
 on, and all it ever writes there is `cont`. QEMU answers that to whoever reads the connection, under an id that the
 agent does not know and drops. A guest that runs already takes it for nothing, so the guard goes on with it until the
 agent says that the guest runs: an agent that sleeps may send its `stop` when it wakes, long after the deadline.
+It is the same with file systems, where all it ever says is that they be thawed, and asks whether they are. Nothing is
+said again while what was said before has not been read, so that a guest that hears nothing finds one command later.
 
 Of an agent that is gone the guard has the last descriptor, and reads the answer before it closes that: QEMU may notice
 the end of a connection first, and drop what it has not read of it.
@@ -33,11 +37,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.settings import load_settings
+from workers.agent.held import GUEST_AGENT, MONITOR, Held, Words
 
 MESSAGE_BYTES = 4096
 GONE_S = 0.1
@@ -45,30 +49,8 @@ GONE_S = 0.1
 _PEER = struct.Struct("iII")
 END_S = 2.0
 """How long a guard that is told to end waits for answers."""
-_READ_BYTES = 65536
-AGAIN_S = 0.2
-"""How often a guest whose deadline is over is told to run."""
 MOST_FREEZES = 4096
-
-
-@dataclass(slots=True)
-class _Freeze:
-    """A guest that stands still until `ends_at` (monotonic), at the latest."""
-
-    name: str
-    agent: int
-    monitor: socket.socket
-    ends_at: float
-    """When it is told to run, and then again and again."""
-    is_told: bool = False
-    told: int = 0
-    """How often `cont` was sent; the answer to the last one tells that it runs."""
-    heard: bytes = b""
-    """What QEMU said last, once the agent is gone."""
-
-    @property
-    def id(self) -> str:
-        return f"flushpoint-guard-{self.told}"
+_KINDS = {"freeze": MONITOR, "freeze-files": GUEST_AGENT}
 
 
 class Guard:
@@ -77,12 +59,12 @@ class Guard:
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         """RefusedError if another guard serves that path."""
         self._say = say
-        self._freezes: dict[tuple[int, str], _Freeze] = {}
+        self._freezes: dict[tuple[int, str], Held] = {}
         """By the agent's connection and the guest's name."""
         self._agents: dict[socket.socket, int] = {}
         """Their pidfds, -1 where there is none."""
-        self._orphans: dict[socket.socket, _Freeze] = {}
-        """By their monitors: those whose agents are gone."""
+        self._orphans: dict[socket.socket, Held] = {}
+        """By their connections: those that no agent uses any more."""
         self._selector = selectors.DefaultSelector()
         self._listener = _listen(path)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -111,9 +93,9 @@ class Guard:
         self._thaw_overdue()
         ends_at = time.monotonic() + END_S
         while self._orphans and time.monotonic() < ends_at:
-            self._step(AGAIN_S)
+            self._step(MONITOR.again_s)
         for freeze in self._freezes.values():
-            freeze.monitor.close()
+            freeze.connection.close()
         for process in self._agents.values():
             if process >= 0:
                 os.close(process)
@@ -158,23 +140,37 @@ class Guard:
         name = str(message["guest"])
         key = (agent.fileno(), name)
         match message["do"]:
-            case "freeze":
-                if len(descriptors) != 1 or len(self._freezes) >= MOST_FREEZES:
-                    raise ValueError("a freeze comes with the descriptor of one monitor")
+            case "freeze" | "freeze-files" as kind:
                 deadline_s = float(str(message["deadline_s"]))
                 if not 0 < deadline_s <= 60:
                     raise ValueError("a deadline is more than none and at most a minute")
                 if key in self._freezes:
                     raise ValueError(f"{name} was not said to run yet")
-                monitor = socket.socket(fileno=os.dup(descriptors[0]))
-                self._freezes[key] = _Freeze(name, agent.fileno(), monitor, time.monotonic() + deadline_s)
+                ends_at = time.monotonic() + deadline_s
+                self._freezes[key] = self._held(agent, name, _KINDS[kind], descriptors, ends_at)
             case "thawed":
                 if key in self._freezes:
-                    self._freezes.pop(key).monitor.close()
+                    self._freezes.pop(key).connection.close()
+            case "leave":
+                left = self._held(agent, name, GUEST_AGENT, descriptors, 0.0)
+                if key in self._freezes:
+                    self._freezes.pop(key).connection.close()
+                self._take_over(left, "its agent has not heard it say so")
             case other:
                 raise ValueError(f"a guard does not {other}")
 
-    def _all(self) -> Iterator[_Freeze]:
+    def _held(self, agent: socket.socket, name: str, words: Words, descriptors: list[int], ends_at: float) -> Held:
+        if len(descriptors) != 1 or len(self._freezes) + len(self._orphans) >= MOST_FREEZES:
+            raise ValueError("a freeze comes with the descriptor of one connection")
+        return Held(name, agent.fileno(), words, socket.socket(fileno=os.dup(descriptors[0])), ends_at)
+
+    def _take_over(self, freeze: Held, why: str) -> None:
+        """Nobody else says anything there any more, or listens."""
+        freeze.is_told, freeze.ends_at, freeze.why = False, 0.0, why
+        self._orphans[freeze.connection] = freeze
+        self._selector.register(freeze.connection, selectors.EVENT_READ)
+
+    def _all(self) -> Iterator[Held]:
         yield from self._freezes.values()
         yield from self._orphans.values()
 
@@ -182,11 +178,12 @@ class Guard:
         for freeze in list(self._all()):
             if freeze.ends_at > time.monotonic():
                 continue
-            freeze.ends_at = time.monotonic() + AGAIN_S
-            if _let_run(freeze) and not freeze.is_told:
+            freeze.ends_at = time.monotonic() + freeze.words.again_s
+            if freeze.connection not in self._orphans:
+                freeze.drop_answers()
+            if freeze.tell() and not freeze.is_told:
                 freeze.is_told = True
-                why = "its agent is gone" if freeze.monitor in self._orphans else "its deadline is over"
-                self._say(f"let {freeze.name} run: {why}")
+                self._say(freeze.does)
 
     def _thaw_all_of(self, agent: socket.socket) -> None:
         """Its connection has ended. If it has too, nobody could stop one of them again, and nobody else reads what QEMU
@@ -197,28 +194,19 @@ class Guard:
                 continue
             del self._freezes[key]
             if is_gone:
-                freeze.is_told, freeze.ends_at = False, 0.0
-                self._orphans[freeze.monitor] = freeze
-                self._selector.register(freeze.monitor, selectors.EVENT_READ)
+                self._take_over(freeze, "its agent is gone")
             else:
-                _let_run(freeze)
-                self._say(f"let {freeze.name} run: its agent has left")
-                freeze.monitor.close()
+                freeze.tell()
+                freeze.why = "its agent has left"
+                self._say(freeze.does)
+                freeze.connection.close()
         self._thaw_overdue()
 
-    def _read_answer(self, freeze: _Freeze) -> None:
-        try:
-            data = freeze.monitor.recv(_READ_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        answer = f'"{freeze.id}"'.encode()
-        freeze.heard = freeze.heard[-len(answer) :] + data
-        if not data or answer in freeze.heard:  # the guest has ended, or runs
-            self._selector.unregister(freeze.monitor)
-            del self._orphans[freeze.monitor]
-            freeze.monitor.close()
+    def _read_answer(self, freeze: Held) -> None:
+        if freeze.is_done():
+            self._selector.unregister(freeze.connection)
+            del self._orphans[freeze.connection]
+            freeze.connection.close()
 
 
 def _process_of(agent: socket.socket) -> int:
@@ -240,18 +228,6 @@ def _has_ended(process: int) -> bool:
         return bool(waiting.poll(GONE_S * 1000))
     finally:
         os.close(process)
-
-
-def _let_run(freeze: _Freeze) -> bool:
-    """False if QEMU reads nothing now; then it is told again."""
-    freeze.told += 1
-    command = json.dumps({"execute": "cont", "id": freeze.id}).encode() + b"\n"
-    try:
-        return freeze.monitor.send(command, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) > 0
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # the guest has ended
 
 
 def _listen(path: Path) -> socket.socket:
@@ -292,9 +268,18 @@ class GuardLink:
         """Before `stop`: from here on the guard will let the guest run after `deadline_s`. UnavailableError."""
         self._ask({"do": "freeze", "guest": guest, "deadline_s": deadline_s}, [monitor])
 
+    def freeze_files(self, guest: str, agent: int, deadline_s: float) -> None:
+        """Before its file systems are frozen, by the connection to its own agent; else the same."""
+        self._ask({"do": "freeze-files", "guest": guest, "deadline_s": deadline_s}, [agent])
+
     def thawed(self, guest: str) -> None:
-        """After `cont`. UnavailableError: a guard that is gone has told everybody to run."""
+        """After `cont`, or the thaw. UnavailableError: a guard that is gone has told everybody to run."""
         self._ask({"do": "thawed", "guest": guest}, [])
+
+    def leave(self, guest: str, agent: int) -> None:
+        """It has not said that its file systems are thawed: the guard goes on with it. The connection is not to be
+        used any more. UnavailableError."""
+        self._ask({"do": "leave", "guest": guest}, [agent])
 
     def close(self) -> None:
         if self._socket is not None:

@@ -1,7 +1,8 @@
 """Which guests of a host stand still because of us, on disk: for the case that agent and guard are both killed.
 
-A file for each, written before the guest is stopped and removed when it runs again. An agent that starts lets run what
-it finds here, before it does anything else.
+A file for each, written before the guest is stopped and removed when it runs again; and one for each whose file systems
+are frozen, for these may be so while it runs. An agent that starts lets run what it finds here, and has it thawed,
+before it does anything else.
 """
 
 from __future__ import annotations
@@ -21,40 +22,45 @@ _ENDING = ".frozen"
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """`directory` is on a disk of the host's own, and the agent's alone."""
+    """`directory` is on a disk of the host's own, and the agent's alone. A guest is known by its monitor's socket."""
 
     directory: Path
 
-    def write(self, monitor: Path) -> None:
-        """Durable when it returns. UnavailableError: then the guest is not stopped."""
-        path = self._path(monitor)
+    @property
+    def files(self) -> Journal:
+        """Of guests whose file systems are frozen, known by the sockets of their own agents."""
+        return Journal(self.directory / "files")
+
+    def write(self, guest: Path) -> None:
+        """Durable when it returns. UnavailableError: then the guest is not touched."""
+        path = self._path(guest)
         with self._told("written"):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = path.with_suffix(".new")
             with temporary.open("w") as file:
-                json.dump({"monitor": str(monitor)}, file)
+                json.dump({"socket": str(guest)}, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
             self._sync()
 
-    def erase(self, monitor: Path) -> None:
+    def erase(self, guest: Path) -> None:
         """Not durable at once: an entry too many lets a guest run that does already."""
         with self._told("erased"):
-            self._path(monitor).unlink(missing_ok=True)
+            self._path(guest).unlink(missing_ok=True)
 
     def frozen(self) -> Iterator[Path]:
-        """The monitors of guests that were stopped and, as far as is known, not let run."""
+        """Those that were stopped, or frozen, and as far as is known not let run."""
         if not self.directory.is_dir():
             return
         for path in sorted(self.directory.glob(f"*{_ENDING}")):
             try:
-                yield Path(str(json.loads(path.read_text())["monitor"]))
+                yield Path(str(json.loads(path.read_text())["socket"]))
             except (ValueError, KeyError):
                 path.unlink(missing_ok=True)  # cut off by a crash before it was renamed: nothing was stopped yet
 
-    def _path(self, monitor: Path) -> Path:
-        return self.directory / f"{sha256(str(monitor).encode()).hexdigest()[:32]}{_ENDING}"
+    def _path(self, guest: Path) -> Path:
+        return self.directory / f"{sha256(str(guest).encode()).hexdigest()[:32]}{_ENDING}"
 
     def _sync(self) -> None:
         descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
