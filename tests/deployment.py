@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from coordinator.model.epoch import Participant
+from coordinator.model.epoch import Consistency, Participant
 from coordinator.model.group import GroupPolicy, GroupSpec
 from coordinator.model.point import Decision
 from coordinator.model.repository_uri import parse_repository
@@ -45,9 +45,9 @@ class Deployment:
         finally:
             host.kill()
 
-    def apply(self, name: str, *hosts: Host) -> None:
+    def apply(self, name: str, *hosts: Host, consistency: Consistency = Consistency.CRASH) -> None:
         members = [member_of(host) for host in hosts]
-        policy = GroupPolicy(freeze_timeout=FREEZE_S, prepare_timeout=10)
+        policy = GroupPolicy(freeze_timeout=FREEZE_S, prepare_timeout=10, consistency=consistency)
         spec = GroupSpec(repository=self.repository, policy=policy, members=tuple(members))
         self.stack.client.apply_group(name, spec)
 
@@ -94,6 +94,7 @@ def member_of(host: Host) -> Participant:
         vm=guest.directory.name,
         host=host.name,
         qmp=str(guest.monitor),
+        guest_agent=str(guest.agent) if guest.agent.exists() else "",
         disks=tuple(disk.name for disk in guest.disks),
     )
 

@@ -8,19 +8,28 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 
+from coordinator.model.epoch import Consistency
 from coordinator.model.group import GroupSpec
 from coordinator.model.view import CheckpointState
 from tests.deployment import FREEZE_S, Command, Deployment, member_of
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
-from tests.live_guest import MIB, LiveDisk, running_pair, wandering_guest
+from tests.live_guest import (
+    MIB,
+    LiveDisk,
+    needs_recovery,
+    running_guest,
+    running_pair,
+    running_with_files,
+    wandering_guest,
+)
 from tests.stack import running_stack, wait_until
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
@@ -201,3 +210,27 @@ def test_points_follow_one_another_in_time(deployment: Deployment, shop: tuple[H
     after = client.apply_group("shop", before.spec)
     cuts = [outcome.cut_at for outcome in after.outcomes if outcome.number > before.point]
     assert all(0 < later - earlier < 4 for earlier, later in itertools.pairwise(cuts))
+
+
+@pytest.mark.needs("mke2fs", "dumpe2fs", "e2fsck")
+def test_a_point_tells_whether_all_of_its_file_systems_were_frozen(
+    deployment: Deployment, guest_kit: GuestKit, guest_agent: Mapping[str, bytes], tmp_path: Path
+) -> None:
+    with (
+        running_with_files(guest_kit, guest_agent, deployment.directory / "files") as quiet,
+        running_guest(guest_kit, deployment.directory / "other", [LiveDisk("a")]) as other,
+        deployment.host("hv8", quiet) as first,
+        deployment.host("hv9", other) as second,
+    ):
+        deployment.apply("quiet", first, consistency=Consistency.FILESYSTEM)
+        point = deployment.point("quiet", deployment.published("quiet"))
+        assert point.consistency == "filesystem"
+        image = tmp_path / "image"
+        image.write_bytes(deployment.bytes_of("quiet", point.epoch, "files/v0"))
+        assert not needs_recovery(image)
+
+        deployment.apply("quiet", first, second, consistency=Consistency.FILESYSTEM)
+        point = deployment.point("quiet", deployment.published("quiet"))
+        assert point.consistency == "crash"
+        told = [(machine.filesystem_consistent, machine.fallback) for machine in point.machines]
+        assert told == [(True, ""), (False, "no guest agent is named")]

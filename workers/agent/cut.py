@@ -55,8 +55,8 @@ class Vm:
         self.monitor = monitor
         self.order = asyncio.Lock()
         self.turn = asyncio.Lock()
-        self._guard = guard
-        self._journal = journal
+        self.guard = guard
+        self.journal = journal
 
     async def freeze(self, deadline_s: float) -> Frozen:
         """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError while it is
@@ -66,8 +66,8 @@ class Vm:
             raise RefusedError("the guest is being migrated", "try again when that is done")
         was_running = bool(status["running"])
         if was_running:
-            await asyncio.to_thread(self._journal.write, self.monitor.path)
-            await asyncio.to_thread(self._guard.freeze, self._name, self.monitor.fileno(), deadline_s)
+            await asyncio.to_thread(self.journal.write, self.monitor.path)
+            await asyncio.to_thread(self.guard.freeze, self._name, self.monitor.fileno(), deadline_s)
         heard, begun = self.monitor.heard, time.monotonic()
         frozen = Frozen(heard, was_running, begun, begun + deadline_s)
         if was_running:
@@ -117,8 +117,8 @@ class Vm:
         await self.monitor.execute("cont")
         stood_s = time.monotonic() - frozen.stopped_at
         with suppress(UnavailableError):  # a guard that is gone or hangs lets the guest run, too
-            await asyncio.to_thread(self._guard.thawed, self._name)
-        await asyncio.to_thread(self._journal.erase, self.monitor.path)
+            await asyncio.to_thread(self.guard.thawed, self._name)
+        await asyncio.to_thread(self.journal.erase, self.monitor.path)
         return stood_s
 
     @property

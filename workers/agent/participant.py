@@ -1,5 +1,8 @@
 """A machine's part in an epoch: prepare, freeze, cut or not, thaw, and tell the ledger of each (DESIGN §6).
 
+File systems are frozen first and thawed last, where that is asked for; whether it comes about is the label's business,
+and never the epoch's.
+
 What is acted on is the ledger's go key, never a clock of this host's. Whatever fails here, the guest runs again, and
 the ledger hears why nothing came of the cut, now or when it answers again.
 """
@@ -10,17 +13,19 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.bitmap import rotate
-from coordinator.model.epoch import CutFacts, DiskView, Epoch, GoKey, Phase, Standing, ViewKind
+from coordinator.model.epoch import Consistency, CutFacts, DiskView, Epoch, GoKey, Phase, Standing, ViewKind
 from coordinator.model.errors import FlushpointError, UnavailableError
 from workers.agent.cut import Part, Vm
 from workers.agent.feed import Feed
+from workers.agent.files import FileSystems
 from workers.agent.guest import look_at
+from workers.agent.guest_agent import ANSWER_S
 from workers.agent.views import prepare, remove
 from workers.failpoint import pass_point
 
@@ -57,11 +62,12 @@ class Machine:
             parts: list[Part] = []
             try:
                 await self._prepare(epoch, parts)
-                pass_point("between-prepare-and-prepared")
-                standing = await barrier.prepared(epoch, self.name)
-                standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
-                refuse_aborted(epoch, standing)
-                return await self._cut(epoch, parts, barrier, feed)
+                with closing(await self._file_systems(epoch)) as files:
+                    pass_point("between-prepare-and-prepared")
+                    standing = await barrier.prepared(epoch, self.name)
+                    standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
+                    refuse_aborted(epoch, standing)
+                    return await self._cut(epoch, parts, files, barrier, feed)
             except BaseException as error:
                 await self._drop(parts)
                 await self._tell(epoch, barrier, error)
@@ -78,40 +84,68 @@ class Machine:
             parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._scratch), rotation))
             await asyncio.to_thread(_sync, disk.file)
 
-    async def _cut(self, epoch: Epoch, parts: Sequence[Part], barrier: Barrier, feed: Feed) -> Taken:
+    async def _file_systems(self, epoch: Epoch) -> FileSystems:
+        guard, journal = self.vm.guard, self.vm.journal
+        if epoch.spec.consistency is Consistency.CRASH:
+            return FileSystems(None, guard, journal)
+        timeout_s = min(ANSWER_S, epoch.spec.prepare_ms / 1000 / 2)  # a silent one must not be what ends the epoch
+        return await FileSystems.open(epoch.participant(self.name).guest_agent, guard, journal, timeout_s)
+
+    async def _cut(
+        self, epoch: Epoch, parts: Sequence[Part], files: FileSystems, barrier: Barrier, feed: Feed
+    ) -> Taken:
         try:
-            cut_at, stood_s = await self._stand_still(epoch, parts, barrier, feed)
+            cut_at, stood_s = await self._stand_still(epoch, parts, files, barrier, feed)
         except TimeoutError as error:  # the guest runs by now, so there is time to ask why
             refuse_aborted(epoch, await barrier.time_out(epoch))
             raise UnavailableError(
                 f"the ledger told nothing while {self.name} stood still", "look at the ledger's server and the network"
             ) from error
         views = tuple(DiskView(disk=part.view.disk.device, kind=ViewKind.STAGE) for part in parts)
-        facts = CutFacts(cut_at=cut_at, freeze_ms=stood_s * 1000, filesystem_consistent=False, views=views)
+        facts = CutFacts(
+            cut_at=cut_at,
+            freeze_ms=stood_s * 1000,
+            filesystem_consistent=files.consistent,
+            fallback=files.fallback,
+            views=views,
+        )
         standing = await barrier.cut(epoch, self.name, facts)
         if standing.phase is Phase.ABORTED:
             raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
         return Taken(parts, facts, standing)
 
     async def _stand_still(
-        self, epoch: Epoch, parts: Sequence[Part], barrier: Barrier, feed: Feed
+        self, epoch: Epoch, parts: Sequence[Part], files: FileSystems, barrier: Barrier, feed: Feed
     ) -> tuple[float, float]:
         """When it was cut (Unix time), and for how many seconds it stood still. TimeoutError if the ledger does not
-        answer in time; whatever comes, the guest runs when this returns."""
+        answer in time; whatever comes, the guest runs when this returns, and can write."""
         deadline_s = epoch.spec.freeze_ms / 1000
-        async with self.vm.order:
-            frozen = await self.vm.freeze(deadline_s)
-            try:
-                pass_point("between-stop-and-frozen")
-                async with asyncio.timeout(deadline_s):
-                    standing = await barrier.frozen(epoch, self.name)
-                    standing = await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN)
-                refuse_aborted(epoch, standing)
-                pass_point("between-go-and-cut")
-                cut_at = time.time()
-                await self.vm.take(frozen, parts)
-            finally:
-                stood_s = await self.vm.thaw(frozen)
+        try:
+            async with self.vm.order:
+                ends_at = time.monotonic() + deadline_s
+                await files.freeze(self.vm.monitor, deadline_s)
+                pass_point("between-files-and-stop")
+                return await self._stop_and_cut(epoch, parts, ends_at - time.monotonic(), barrier, feed)
+        finally:
+            await files.thaw()
+
+    async def _stop_and_cut(
+        self, epoch: Epoch, parts: Sequence[Part], left_s: float, barrier: Barrier, feed: Feed
+    ) -> tuple[float, float]:
+        if left_s <= 0:
+            raise UnavailableError(f"{self.name} was not stopped in time", "look at what its host is busy with")
+        frozen = await self.vm.freeze(left_s)
+        try:
+            pass_point("between-stop-and-frozen")
+            async with asyncio.timeout(left_s):
+                standing = await barrier.frozen(epoch, self.name)
+                standing = await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN)
+            refuse_aborted(epoch, standing)
+            pass_point("between-go-and-cut")
+            cut_at = time.time()
+            await self.vm.take(frozen, parts)
+        finally:
+            stood_s = await self.vm.thaw(frozen)
         return cut_at, stood_s
 
     async def _drop(self, parts: Sequence[Part]) -> None:

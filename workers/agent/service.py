@@ -28,6 +28,7 @@ from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, R
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.agent.cut import Part, Vm, let_run
 from workers.agent.feed import AGAIN_S, Feed
+from workers.agent.files import thaw_left
 from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
 from workers.agent.journal import Journal
@@ -70,7 +71,7 @@ class Agent:
 
     async def run(self, ready: Callable[[], None]) -> None:
         """`ready` is called when what was left behind is cleared up."""
-        for sentence in await let_run(self._journal):
+        for sentence in [*await let_run(self._journal), *await thaw_left(self._journal, self._guard)]:
             log.warning(sentence)
         await self._clear_guests()
         if self._relay is not None:
@@ -135,6 +136,8 @@ class Agent:
         try:
             taken = await machine.take_part(epoch, self._barrier, self._feed)
             said.info("cut", freeze_ms=round(taken.facts.freeze_ms, 1))
+            if taken.facts.fallback:
+                said.warning("crash-consistent only", why=taken.facts.fallback)
             await self._make_readable(epoch, participant, vm, taken)
             said.info("staged")
         except AbortedError as error:

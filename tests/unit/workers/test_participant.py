@@ -10,6 +10,8 @@ from typing import Any
 
 from coordinator.model.epoch import CutFacts, GoKey, Phase, Standing
 from workers.agent.cut import Part
+from workers.agent.files import FileSystems
+from workers.agent.journal import Journal
 from workers.agent.participant import Machine, Taken
 
 GONE_ON = Standing(phase=Phase.FREEZING, key=GoKey.OPEN, why="", left_ms=1000)
@@ -26,7 +28,10 @@ class Told(Machine):
     async def _prepare(self, epoch: Any, parts: list[Part]) -> None:
         self.did.append(f"{epoch.number} looks")
 
-    async def _cut(self, epoch: Any, parts: Sequence[Part], barrier: Any, feed: Any) -> Taken:
+    async def _file_systems(self, epoch: Any) -> FileSystems:
+        return FileSystems(None, SimpleNamespace(), Journal(Path()))  # type: ignore[arg-type]
+
+    async def _cut(self, epoch: Any, parts: Sequence[Part], files: FileSystems, barrier: Any, feed: Any) -> Taken:
         await self.may_cut.wait()
         self.did.append(f"{epoch.number} rotates")
         return Taken(parts, CutFacts(cut_at=0, freeze_ms=0, filesystem_consistent=False, views=()), GONE_ON)
