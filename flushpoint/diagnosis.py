@@ -60,17 +60,19 @@ def examine() -> list[Finding]:
     return [*findings, _stack(state), *_deployment(state)]
 
 
-def examine_guests(monitors: Sequence[str]) -> list[Finding]:
-    """What can be done with the guests at these QMP sockets of this host. Nothing is changed in them."""
-    return [finding for monitor in monitors for finding in _guest(monitor)]
+def examine_guests(monitors: Sequence[str], agents: Sequence[str]) -> list[Finding]:
+    """What can be done with the guests at these QMP sockets of this host, and whether these agents of guests answer.
+    Nothing is changed in them."""
+    asked = [("guest", path) for path in monitors] + [("guest-agent", path) for path in agents]
+    return [finding for kind, path in asked for finding in _guest(kind, path)]
 
 
-def _guest(monitor: str) -> list[Finding]:
-    command = [sys.executable, "-P", "-m", "workers.agent.inspect", monitor]
+def _guest(kind: str, path: str) -> list[Finding]:
+    command = [sys.executable, "-P", "-m", "workers.agent.inspect", kind, path]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=GUEST_TIMEOUT_S, check=True).stdout
     except subprocess.SubprocessError as error:
-        return [Finding(f"guest {monitor}", False, True, f"cannot be looked at: {error}")]
+        return [Finding(f"{kind.replace('-', ' ')} {path}", False, True, f"cannot be looked at: {error}")]
     return [Finding(**found) for found in json.loads(told)]
 
 

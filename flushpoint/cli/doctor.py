@@ -19,12 +19,17 @@ def doctor(
         list[str] | None,
         typer.Option(metavar="PATH", help="Look at the guest of this QMP socket instead; may be given several times."),
     ] = None,
+    guest_agent: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Ask the guest agent behind this socket; may be given several times."),
+    ] = None,
     as_json: output.JsonOption = False,
 ) -> None:
     """Check what Flushpoint needs on this machine, or what guests on it can do; fails if a required part is missing."""
     from flushpoint import diagnosis
 
-    findings = diagnosis.examine_guests(guest) if guest else diagnosis.examine()
+    asked = guest or guest_agent
+    findings = diagnosis.examine_guests(guest or [], guest_agent or []) if asked else diagnosis.examine()
     is_fit = all(finding.ok or not finding.required for finding in findings)
     if as_json:
         output.write_json({"ok": is_fit, "checks": [asdict(finding) for finding in findings]})

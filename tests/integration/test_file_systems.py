@@ -16,6 +16,7 @@ import pytest
 
 from coordinator.ledger import RedisLedger, open_barrier
 from coordinator.model.epoch import Consistency, CutFacts, Epoch, EpochSpec, Participant, Phase
+from flushpoint.cli import main
 from tests.contract.conftest import running_valkey
 from tests.guest import GuestKit
 from tests.guest_agent_relay import Relay
@@ -444,3 +445,14 @@ def test_a_guard_that_is_told_to_end_leaves_nothing_frozen(bench: Bench) -> None
         assert host.agent is not None
         host.agent.kill()
         host.start_guard()
+
+
+def test_doctor_tells_whether_a_guest_agent_answers(
+    bench: Bench, tmpfs_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["doctor", "--json", "--guest-agent", str(bench.guest.agent), "--guest-agent", str(tmpfs_path / "none")]
+    assert main(words) == 1
+    there, not_there = json.loads(capsys.readouterr().out)["checks"]
+    assert (there["ok"], there["detail"]) == (True, "answers, and no file system is frozen")
+    assert not not_there["ok"]
+    assert "there is no guest agent's socket" in not_there["detail"]

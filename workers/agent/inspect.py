@@ -1,4 +1,5 @@
-"""`python -m workers.agent.inspect PATH`: what can be done with the guest of a QMP socket, for `flushpoint doctor`.
+"""`python -m workers.agent.inspect guest|guest-agent PATH`: what can be done with the guest of a QMP socket, or through
+a guest's own agent, for `flushpoint doctor`.
 
 Prints a JSON list of findings. Only asks: nothing is changed in the guest.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from coordinator.model.bitmap import PREFIX
 from coordinator.model.errors import FlushpointError, RefusedError
 from coordinator.model.finding import Finding
 from workers.agent.guest import Guest, GuestDisk, look_at
+from workers.agent.guest_agent import GuestAgent
 from workers.agent.monitor import Monitor
 from workers.agent.views import opens_when_stopped, refuse_unless_able
 
@@ -41,6 +44,21 @@ async def inspect(path: Path) -> list[Finding]:
         "attach its disks to devices that have ids",
     )
     return [there, *(found for disk in guest.disks for found in _disk(name, guest, disk))]
+
+
+async def inspect_agent(path: Path) -> list[Finding]:
+    name = f"guest agent {path}"
+    try:
+        agent = await GuestAgent.connect(path)
+        with closing(agent):
+            await agent.greet()
+            status = await agent.execute("guest-fsfreeze-status")
+    except FlushpointError as error:
+        remedy = "run qemu-guest-agent in the guest; of others that use this socket, one at a time is heard"
+        return [Finding(name, False, True, error.message, error.remedy or remedy)]
+    if status != "thawed":
+        return [Finding(name, False, True, "answers, but somebody has frozen file systems", "thaw them, or wait")]
+    return [Finding(name, True, True, "answers, and no file system is frozen")]
 
 
 def _disk(name: str, guest: Guest, disk: GuestDisk) -> list[Finding]:
@@ -84,8 +102,9 @@ def _bitmaps(title: str, disk: GuestDisk) -> Finding:
 
 
 def main() -> int:
-    [path] = sys.argv[1:]
-    print(json.dumps([asdict(finding) for finding in asyncio.run(inspect(Path(path)))]))
+    kind, path = sys.argv[1:]
+    findings = asyncio.run({"guest": inspect, "guest-agent": inspect_agent}[kind](Path(path)))
+    print(json.dumps([asdict(finding) for finding in findings]))
     return 0
 
 
