@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coordinator.model.epoch import Epoch
@@ -18,8 +18,12 @@ STEP_S = 30.0
 class Host:
     """An agent and a guard, as an operator would start them, and the guest they look after."""
 
-    def __init__(self, name: str, directory: Path, guest: LiveGuest, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, directory: Path, guest: LiveGuest, environ: Mapping[str, str], prefix: Sequence[str] = ()
+    ) -> None:
+        """`prefix` is what comes before its commands."""
         self.name = name
+        self._prefix = prefix
         self.guest = guest
         self.scratch = directory / "scratch"
         self.journal = directory / "frozen"
@@ -62,7 +66,8 @@ class Host:
         os.kill(self.agent.pid, number)
 
     def _started(self, words: list[str], environ: dict[str, str]) -> Process:
-        return Process([sys.executable, "-m", "flushpoint", *words], self._directory / f"{words[0]}.log", environ)
+        command = [*self._prefix, sys.executable, "-m", "flushpoint", *words]
+        return Process(command, self._directory / f"{words[0]}.log", environ)
 
     def staged(self, epoch: Epoch) -> Path:
         disk = self.guest.disks[0].name

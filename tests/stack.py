@@ -116,6 +116,7 @@ class Stack:
             "FLUSHPOINT_RETRY_DELAY_S": "0.3",
             **(env or {}),
         }
+        self.redis_options = {"port": "0"}
         self.processes: dict[str, Process] = {}
         self.client = Client(f"unix://{self.api_socket}")
 
@@ -129,7 +130,7 @@ class Stack:
 
     def start_redis(self) -> None:
         options = {
-            "port": "0",
+            **self.redis_options,
             "unixsocket": str(self.redis_socket),
             "dir": str(self.directory),
             "appendonly": "yes",
