@@ -89,6 +89,8 @@ class Settings(BaseSettings):
     """How the host of an agent is called in groups; "": by its own name."""
     scratch_dir: str = "/var/lib/flushpoint/scratch"
     """Where an agent keeps old blocks of disks while they are copied, and what was staged; on a disk of the host's."""
+    scratch_reserve: int = Field(default=1024**3, ge=0)
+    """Bytes that are to stay free on its disk: an epoch that would take them is aborted, before a view of it breaks."""
     journal_dir: str = "/var/lib/flushpoint/frozen"
     """Where an agent writes which guests it has stopped."""
 

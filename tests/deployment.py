@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,8 +46,10 @@ class Deployment:
             host.kill()
 
     def apply(self, name: str, *hosts: Host, consistency: Consistency = Consistency.CRASH) -> None:
-        members = [member_of(host) for host in hosts]
         policy = GroupPolicy(freeze_timeout=FREEZE_S, prepare_timeout=10, consistency=consistency)
+        self.apply_members(name, [member_of(host) for host in hosts], policy)
+
+    def apply_members(self, name: str, members: Sequence[Participant], policy: GroupPolicy) -> None:
         spec = GroupSpec(repository=self.repository, policy=policy, members=tuple(members))
         self.stack.client.apply_group(name, spec)
 

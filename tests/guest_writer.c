@@ -2,7 +2,8 @@
  *
  *     writer DISK...                   a process a disk writes blocks at random places of its first half
  *     writer wander DISK...            the same, but slowly, and at no place twice before it was at all of them: what is
- *                                      lost between two cuts is not written once more before anybody looks
+ *                                      lost between two cuts is not written once more before anybody looks; tells how
+ *                                      long writes took
  *     writer lead PORT DISK            writes 1, tells the other guest, waits for its answer, writes 2 ...
  *     writer follow PORT DISK          writes what it is told, and answers
  *
@@ -16,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { BLOCK = 4096 };
@@ -104,6 +106,8 @@ static void take_turns(int leads, const char *port_path, const char *disk)
         say(port, number);
         if (leads && hear(port) != number)
             die("out of turn");
+        if (leads)
+            usleep(1000); /* the host has other things to do, too */
         if (number % 256 == 0) {
             printf("wrote %llu of 1\n", (unsigned long long)number);
             fflush(stdout);
@@ -111,21 +115,33 @@ static void take_turns(int leads, const char *port_path, const char *disk)
     }
 }
 
+static uint64_t now_us(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
+}
+
 static void wander(const char *path, uint64_t disk)
 {
-    enum { STRIDE = 65536, PRIME = 7919 };
-    uint64_t *block, number;
+    enum { STRIDE = 65536, PRIME = 7919, TOLD = 64 };
+    uint64_t *block, number, took = 0, begun;
     int fd = opened(path, &block);
     off_t places = lseek(fd, 0, SEEK_END) / STRIDE;
 
     for (number = 1;; number++) {
+        begun = now_us();
         write_block(fd, block, disk << 48 | number, number * PRIME % places * STRIDE);
+        took += now_us() - begun;
         usleep(2000);
         if (number % 8 == 0 && fdatasync(fd))
             die("sync");
-        if (number % 64 == 0) {
-            printf("wrote %llu of %llu\n", (unsigned long long)number, (unsigned long long)disk);
+        if (number % TOLD == 0) {
+            printf("wrote %llu of %llu, %llu us a write\n", (unsigned long long)number, (unsigned long long)disk,
+                   (unsigned long long)(took / TOLD));
             fflush(stdout);
+            took = 0;
         }
     }
 }

@@ -46,12 +46,14 @@ class Host:
         self.guard = self._started(["guard"], self._environ)
         wait_until(self.guard_socket.exists, "the guard's socket", STEP_S)
 
-    def start_agent(self, failpoint: str = "") -> None:
+    def start_agent(self, failpoint: str = "", environ: Mapping[str, str] | None = None) -> None:
         """In the place of the one before, which has ended; ready when this returns. `failpoint` is NAME:ACTION."""
         self.end_agent()
         self.trip = self._directory / "tripped"
         self.trip.unlink(missing_ok=True)
-        environ = {**self._environ, "FLUSHPOINT_FAILPOINT": f"{failpoint}:{self.trip}"} if failpoint else self._environ
+        environ = {**self._environ, **(environ or {})}
+        if failpoint:
+            environ["FLUSHPOINT_FAILPOINT"] = f"{failpoint}:{self.trip}"
         (self._directory / "agent.log").unlink(missing_ok=True)
         self.agent = self._started(["agent", "--host", self.name], environ)
         log = self.agent.log

@@ -72,7 +72,7 @@ class LiveGuest:
 
     @property
     def user(self) -> Path:
-        """Of a guest with files: a second monitor, for its user."""
+        """A second monitor, for its user."""
         return self.directory / "user"
 
     def pid(self) -> int:
@@ -110,7 +110,6 @@ def running_with_files(kit: GuestKit, agent: Mapping[str, bytes], directory: Pat
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(disk.image(directory))], check=True, timeout=30)
     extra = ["-chardev", f"socket,id=ga0,path={directory}/agent,server=on,wait=off", "-device", "virtio-serial-pci"]
     extra += ["-device", "virtserialport,chardev=ga0,name=org.qemu.guest_agent.0"]
-    extra += ["-chardev", f"socket,id=m1,path={directory}/user,server=on,wait=off", "-mon", "chardev=m1,mode=control"]
     with _booted(kit, directory, [disk], initramfs, extra) as guest:
         guest.guest.wait_for("wrote ")
         yield guest
@@ -158,8 +157,9 @@ def _running(
 def _booted(
     kit: GuestKit, directory: Path, disks: Sequence[LiveDisk], initramfs: Path, extra: Sequence[str]
 ) -> Iterator[LiveGuest]:
-    monitor = directory / "qmp"
+    monitor, user = directory / "qmp", directory / "user"
     qmp = ["-chardev", f"socket,id=m0,path={monitor},server=on,wait=off", "-mon", "chardev=m0,mode=control"]
+    qmp += ["-chardev", f"socket,id=m1,path={user},server=on,wait=off", "-mon", "chardev=m1,mode=control"]
     command = kit.command(initramfs, [], extra=[*qmp, *extra, *_words(disks, directory)])
     with Guest(command, directory / "console") as guest:
         yield LiveGuest(guest, monitor, directory, tuple(disks))

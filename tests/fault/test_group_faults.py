@@ -85,11 +85,16 @@ def shop(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[Shop]:
         yield Shop(deployment, hosts)
 
 
-POINTS = ["before-pack", "between-packs-and-root", "between-root-and-manifest", "after-manifest"]
+LOST = [
+    ("before-pack", "kill"),
+    ("between-packs-and-root", "kill"),
+    ("after-manifest", "kill"),
+    ("before-pack", "stop"),
+    ("between-root-and-manifest", "stop"),
+]
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("action", ["kill", "stop"])
+@pytest.mark.parametrize(("point", "action"), LOST)
 def test_a_mover_is_lost(shop: Shop, tmp_path: Path, point: str, action: str) -> None:
     """One that slept goes on when the next point is there."""
     trip = tmp_path / "tripped"

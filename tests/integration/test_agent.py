@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +17,7 @@ from coordinator.model.epoch import Epoch, EpochSpec, Participant, Phase
 from tests.contract.conftest import running_valkey
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
-from tests.live_guest import LiveDisk, LiveGuest, first_number, running_pair
+from tests.live_guest import MIB, LiveDisk, LiveGuest, first_number, running_pair
 from tests.stack import wait_until
 from workers.agent.guest import OURS, look_at
 from workers.agent.monitor import Monitor
@@ -243,5 +245,32 @@ def test_a_view_that_is_held_too_long_is_taken_away(group: Group) -> None:
     second.signal_agent(signal.SIGCONT)
     group.check_that_all_write()
     wait_until(lambda: not any(host.staged(epoch).parent.parent.exists() for host in group.hosts), "its end", STEP_S)
+    group.check_an_epoch()
+    group.check_that_nothing_is_left()
+
+
+def test_an_epoch_that_would_fill_the_scratch_disk_is_aborted(group: Group) -> None:
+    """Before it begins, and while views are held."""
+    _, second = group.hosts
+    group.check_an_epoch()
+    second.start_agent(environ={"FLUSHPOINT_SCRATCH_RESERVE": str(1 << 60)})
+    group.open()
+    aborted = group.wait_for(Phase.ABORTED)
+    assert "follow: the scratch directory" in aborted.why
+    assert "GiB are to stay so" in aborted.why
+    group.check_that_all_write()
+
+    free = shutil.disk_usage(second.scratch).free
+    filled = second.scratch / "filler"
+    second.start_agent("before-stage:stop", {"FLUSHPOINT_SCRATCH_RESERVE": str(free - 64 * MIB)})
+    group.open()
+    wait_until(second.trip.exists, "the agent to have its views", STEP_S)
+    with filled.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 128 * MIB)
+    second.signal_agent(signal.SIGCONT)
+    assert "GiB are to stay so" in group.wait_for(Phase.ABORTED, Phase.READABLE).why
+    filled.unlink()
+    second.start_agent()
+    group.check_that_all_write()
     group.check_an_epoch()
     group.check_that_nothing_is_left()

@@ -18,6 +18,7 @@ from coordinator.settings import Settings, load_settings
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
 from workers.agent.relay import Relay
+from workers.agent.room import Room
 from workers.agent.service import Agent
 
 log = structlog.get_logger()
@@ -33,7 +34,8 @@ async def serve(settings: Settings) -> None:
             journal = Journal(Path(settings.journal_dir))
             host = settings.agent_host or socket.gethostname()
             relay = Relay(scratch, settings.relay_host, settings.relay_port, settings.relay_tls_dir)
-            agent = Agent(host, barrier, guard, journal, scratch, relay if settings.relay_host else None)
+            room = Room(scratch, settings.scratch_reserve)
+            agent = Agent(host, barrier, guard, journal, room, relay if settings.relay_host else None)
             running = asyncio.create_task(agent.run(lambda: log.info("ready", host=host)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, running.cancel)

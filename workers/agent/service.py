@@ -35,6 +35,7 @@ from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
 from workers.agent.participant import AbortedError, Machine, Taken, recover
 from workers.agent.relay import Relay
+from workers.agent.room import Room
 from workers.agent.stage import clear, stage
 from workers.agent.views import forget, remembered, remove
 from workers.failpoint import pass_point
@@ -54,7 +55,7 @@ class Agent:
         barrier: Barrier,
         guard: GuardLink,
         journal: Journal,
-        scratch: Path,
+        room: Room,
         relay: Relay | None = None,
     ) -> None:
         """Without a `relay` movers have to read the scratch directory themselves."""
@@ -62,7 +63,8 @@ class Agent:
         self._barrier = barrier
         self._guard = guard
         self._journal = journal
-        self._scratch = scratch
+        self._room = room
+        self._scratch = room.directory
         self._relay = relay
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
@@ -127,6 +129,7 @@ class Agent:
         said = log.bind(epoch=epoch.name, vm=participant.vm)
         try:
             vm = await self._vm(Path(participant.qmp))
+            self._room.refuse_unless_enough()
             machine = Machine(participant.vm, vm, self._scratch)
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
@@ -180,13 +183,21 @@ class Agent:
         place = self._place(epoch.group, epoch.number) / participant.vm
         staging = asyncio.create_task(stage_all(vm, taken.parts, place))
         self._staging.setdefault((epoch.group, epoch.number), []).append(staging)
+        watching = asyncio.create_task(self._room.watch())
         try:
+            await asyncio.wait({staging, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not staging.done():
+                await watching
             return tuple([await self._offered(epoch, participant.vm, copy) for copy in await staging])
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             raise AbortedError(f"epoch {epoch.name} was aborted while it was staged") from None
+        finally:
+            for one in (staging, watching):
+                one.cancel()
+            await asyncio.gather(staging, watching, return_exceptions=True)
 
     async def _offered(self, epoch: Epoch, vm: str, copy: DiskCopy) -> DiskCopy:
         """Where movers elsewhere can read it, too."""

@@ -1,0 +1,224 @@
+"""What protecting live guests costs: how long they stand still, how old points become, what is copied.
+
+``python -m tests.bench.groups`` boots Linux guests under TCG, each of which writes all the time, and writes
+docs/bench/groups.json (nothing with --quick). The floor of a freeze is what the same QMP commands take when one process
+sends them to all monitors at once, with nobody to agree with: all are stopped before any is cut, and each goes on once
+it is. Both are measured in turns, on the same guests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.model.group import GroupPolicy
+from tests.bench.report import machine
+from tests.deployment import Deployment, member_of
+from tests.guest import GuestKit
+from tests.live_guest import MIB, LiveDisk, LiveGuest, wandering_guest
+from tests.stack import running_stack, wait_until
+from workers.agent import views
+from workers.agent.guest import look_at
+from workers.agent.monitor import Monitor
+
+OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "bench" / "groups.json"
+SIZES = (2, 4, 8)
+FLOOR_BITMAP = "floor"
+_LATENCY = re.compile(r"(\d+) us a write")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    rounds: int
+    rpo_s: float
+    protected_s: float
+    sizes: tuple[int, ...]
+
+
+FULL = Scale(25, 5.0, 90.0, SIZES)
+QUICK = Scale(3, 2.0, 10.0, (2,))
+
+
+@contextmanager
+def running_guests(kit: GuestKit, directory: Path, count: int) -> Iterator[list[LiveGuest]]:
+    """Each with one disk, half of them with an IOThread."""
+    with ExitStack() as opened:
+        yield [
+            opened.enter_context(
+                wandering_guest(kit, directory / f"vm{n}", [LiveDisk("a", iothread=n % 2 == 0, size=256 * MIB)])
+            )
+            for n in range(count)
+        ]
+
+
+class Floor:
+    """Every guest by its user's monitor; nobody else is asked."""
+
+    def __init__(self, guests: Sequence[LiveGuest], scratch: Path) -> None:
+        self._guests = guests
+        self._scratch = scratch
+
+    def freezes_ms(self) -> list[float]:
+        return asyncio.run(self._cut())
+
+    async def _cut(self) -> list[float]:
+        monitors = [await Monitor.connect(guest.user) for guest in self._guests]
+        try:
+            looked = [await look_at(monitor) for monitor in monitors]
+            prepared = [
+                await views.prepare(monitor, guest, guest.disk("a"), self._scratch)
+                for monitor, guest in zip(monitors, looked, strict=True)
+            ]
+            begun: list[float] = []
+
+            async def stop(monitor: Monitor) -> None:
+                begun.append(time.monotonic())
+                await monitor.execute("stop")
+
+            async def go_on(monitor: Monitor, view: views.View) -> float:
+                new = {"node": view.disk.node, "name": FLOOR_BITMAP}
+                actions = [{"type": "block-dirty-bitmap-add", "data": new}]
+                await monitor.execute("transaction", {"actions": actions})
+                await views.insert(monitor, [view], 10)
+                await monitor.execute("query-status")
+                await monitor.execute("cont")
+                return time.monotonic()
+
+            await asyncio.gather(*map(stop, monitors))
+            ended = await asyncio.gather(*map(go_on, monitors, prepared))
+            for monitor, view in zip(monitors, prepared, strict=True):
+                await views.remove(monitor, view)
+                await monitor.execute("block-dirty-bitmap-remove", {"node": view.disk.node, "name": FLOOR_BITMAP})
+            return [(end - begin) * 1000 for begin, end in zip(begun, ended, strict=True)]
+        finally:
+            for monitor in monitors:
+                await monitor.close()
+
+
+@contextmanager
+def protected(directory: Path, guests: Sequence[LiveGuest], name: str, rpo_s: float) -> Iterator[Deployment]:
+    """All guests as one group, on two hosts."""
+    with running_stack(directory / "stack") as stack, ExitStack() as opened:
+        deployment = Deployment(stack, directory)
+        hosts = [opened.enter_context(deployment.host(f"hv{n}", guest)) for n, guest in enumerate(guests[:2])]
+        members = [
+            member_of(hosts[n % 2]).model_copy(
+                update={"vm": guest.directory.name, "qmp": str(guest.monitor), "disks": ("a",)}
+            )
+            for n, guest in enumerate(guests)
+        ]
+        deployment.apply_members(name, members, GroupPolicy(freeze_timeout=5, rpo=rpo_s))
+        yield deployment
+
+
+def freezes(kit: GuestKit, scale: Scale, directory: Path, count: int) -> dict[str, Any]:
+    """Of a group of so many machines: the longest of each round, for us and for the floor."""
+    with (
+        running_guests(kit, directory / "guests", count) as guests,
+        protected(directory, guests, "shop", 0) as deployment,
+    ):
+        floor = Floor(guests, directory)
+        ours, floors, skews, took = [], [], [], []
+        for number in range(scale.rounds + 1):
+            least = max(floor.freezes_ms())
+            begun = time.monotonic()
+            point = deployment.point("shop", deployment.published("shop"))
+            if number == 0:  # copies the disks whole
+                continue
+            took.append(time.monotonic() - begun)
+            floors.append(least)
+            ours.append(max(one.freeze_ms for one in point.machines))
+            cuts = [one.cut_at for one in point.machines]
+            skews.append((max(cuts) - min(cuts)) * 1000)
+    return {
+        "machines": count,
+        "freeze_ms": summary(ours),
+        "floor_ms": summary(floors),
+        "ratio_of_medians": statistics.median(ours) / statistics.median(floors),
+        "skew_ms": summary(skews),
+        "checkpoint_s": summary(took),
+    }
+
+
+def continuous(kit: GuestKit, scale: Scale, directory: Path, count: int) -> dict[str, Any]:
+    """How old the newest point of a group becomes, and what that costs its guests."""
+    with running_guests(kit, directory / "guests", count) as guests:
+        without = latencies(guests, 10)
+        with protected(directory, guests, "shop", scale.rpo_s) as deployment:
+            client = deployment.stack.client
+            wait_until(lambda: client.group("shop").point > 1, "two points", 120)
+            first = client.group("shop").point
+            with_it = latencies(guests, scale.protected_s)
+            last = client.group("shop").point
+            points = [deployment.point("shop", number) for number in range(first, last + 1)]
+            missed = [event.event for event in client.events() if event.event == "RPO_MISSED"]
+    ages = [later.decided_at - earlier.cut_at for earlier, later in itertools.pairwise(points)]
+    members = [member for point in points[1:] for member in point.members]
+    return {
+        "machines": count,
+        "rpo_s": scale.rpo_s,
+        "points": len(points),
+        "age_s": summary(ages) | {"p99": sorted(ages)[min(len(ages) - 1, int(len(ages) * 0.99))]},
+        "missed": len(missed),
+        "sent_per_dirtied": sum(m.bytes_sent for m in members) / sum(m.bytes_read for m in members),
+        "freeze_ms": summary([one.freeze_ms for point in points for one in point.machines]),
+        "write_us_without": summary(without),
+        "write_us_with": summary(with_it),
+    }
+
+
+def latencies(guests: Sequence[LiveGuest], seconds: float) -> list[float]:
+    """Means of 64 writes each, in the time that follows."""
+    before = [len(_LATENCY.findall(guest.guest.console())) for guest in guests]
+    time.sleep(seconds)
+    return [
+        float(one)
+        for guest, seen in zip(guests, before, strict=True)
+        for one in _LATENCY.findall(guest.guest.console())[seen:]
+    ]
+
+
+def summary(figures: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(figures), "most": max(figures), "least": min(figures), "count": len(figures)}
+
+
+def measure(scale: Scale) -> dict[str, Any]:
+    kit = GuestKit.get()
+    results: dict[str, Any] = {"machine": machine(), "freezes": []}
+    for count in scale.sizes:
+        with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
+            (Path(directory) / "guests").mkdir()
+            one = freezes(kit, scale, Path(directory), count)
+            results["freezes"].append(one)
+            print(json.dumps(one))
+    with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
+        (Path(directory) / "guests").mkdir()
+        results["continuous"] = continuous(kit, scale, Path(directory), min(4, max(scale.sizes)))
+        print(json.dumps(results["continuous"]))
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds; writes no file")
+    quick = parser.parse_args().quick
+    results = measure(QUICK if quick else FULL)
+    if not quick:
+        OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Room on the scratch directory's disk: looked after, so that it is an epoch that ends and not a view that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.model.errors import RefusedError, UnavailableError
+
+LOOK_S = 0.5
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """`reserve` bytes are to stay free."""
+
+    directory: Path
+    reserve: int
+
+    def refuse_unless_enough(self) -> None:
+        """RefusedError; before anything is made there."""
+        if self._free() < self.reserve:
+            raise RefusedError(*self._said())
+
+    async def watch(self) -> None:
+        """Until there is not enough any more: UnavailableError. Never returns."""
+        while self._free() >= self.reserve:
+            await asyncio.sleep(LOOK_S)
+        raise UnavailableError(*self._said())
+
+    def _free(self) -> int:
+        found = os.statvfs(self.directory)
+        return found.f_bavail * found.f_frsize
+
+    def _said(self) -> tuple[str, str]:
+        free, reserve = self._free() / _GIB, self.reserve / _GIB
+        return (
+            f"the scratch directory {self.directory} has {free:.1f} GiB free, and {reserve:.1f} GiB are to stay so",
+            "make room there, name another, or lower FLUSHPOINT_SCRATCH_RESERVE",
+        )
