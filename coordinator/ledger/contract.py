@@ -132,6 +132,9 @@ class Ledger(Protocol):
     def job(self, job_id: str) -> Versioned:
         """NotFoundError if there is none."""
 
+    def jobs_named(self, ids: Sequence[str]) -> dict[str, JobRecord]:
+        """Those of these ids that there are, asked for at once."""
+
     def jobs(self, *, after: str = "", limit: int = 100) -> list[JobRecord]:
         """Newest first; `after` is the id of the last one seen (NotFoundError if it was dismissed)."""
 

@@ -224,6 +224,10 @@ class MemoryLedger(MemoryPoints, MemoryGroups, MemoryEpochs):
             job = self._known(job_id)
             return Versioned(job.record.model_copy(), job.version)
 
+    def jobs_named(self, ids: Sequence[str]) -> dict[str, JobRecord]:
+        with self._changed:
+            return {job_id: self._jobs[job_id].record.model_copy() for job_id in ids if job_id in self._jobs}
+
     def jobs(self, *, after: str = "", limit: int = 100) -> list[JobRecord]:
         with self._changed:
             ids = list(reversed(self._jobs))

@@ -106,11 +106,15 @@ class RedisJobs:
                     raise missing(after)
                 first = int(rank) + 1
             ids = redis.zrevrange(keys.jobs, first, first + limit - 1) if limit > 0 else []
-            pipe = redis.pipeline(transaction=False)
+        return list(self.jobs_named(ids).values())
+
+    def jobs_named(self, ids: Sequence[str]) -> dict[str, JobRecord]:
+        with self._server.errors():
+            pipe = self._server.redis.pipeline(transaction=False)
             for job_id in ids:
-                pipe.hgetall(keys.job(job_id))
+                pipe.hgetall(self._server.keys.job(job_id))
             found = pipe.execute()
-        return [record_of(fields) for fields in found if fields]
+        return {job_id: record_of(fields) for job_id, fields in zip(ids, found, strict=True) if fields}
 
     def active_jobs(self) -> list[str]:
         with self._server.errors():

@@ -55,10 +55,7 @@ class GroupControl:
         return sentences
 
     def _seen(self, group: GroupRecord) -> Seen:
-        jobs = {}
-        for job_id in jobs_of(group):
-            with contextlib.suppress(NotFoundError):
-                jobs[job_id] = self._ledger.job(job_id).job
+        jobs = self._ledger.jobs_named(jobs_of(group))
         if group.round is None:
             return Seen(jobs)
         busy = self._busy(group) if group.round.stage is Stage.STARTING else ""

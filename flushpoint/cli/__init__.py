@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from coordinator.model.errors import FlushpointError, UsageError
-from flushpoint.cli import doctor, events, groups, jobs, mirror, output, points, repository, stack, verbs
+from flushpoint.cli import bitmaps, doctor, events, groups, jobs, mirror, output, points, repository, stack, verbs
 
 INTERRUPTED = 4
 _TYPER_INTERRUPTED = 130
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help in boxes costs 60 ms, and is cut off when piped
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for family in (mirror, jobs, verbs, events, groups, points, repository, stack, doctor):
+for family in (mirror, jobs, verbs, events, groups, points, repository, bitmaps, stack, doctor):
     family.register(app)
 
 

@@ -86,3 +86,10 @@ def test_a_group_is_removed_by_who_has_seen_it_last(ledger: Ledger) -> None:
     with pytest.raises(NotFoundError):
         ledger.remove_group("shop", 2)
     assert ledger.put_group(SHOP).version == 1
+
+
+def test_jobs_are_found_by_their_names_those_that_there_are(ledger: Ledger) -> None:
+    ledger.submit("job1", JOB)
+    ledger.submit("job2", JOB)
+    assert ledger.jobs_named(["job2", "none", "job1"]) == {name: ledger.job(name).job for name in ("job1", "job2")}
+    assert ledger.jobs_named([]) == {}

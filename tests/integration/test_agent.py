@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.ledger import RedisLedger
 from coordinator.model.epoch import Epoch, EpochSpec, Participant, Phase
-from tests.contract.conftest import running_valkey
+from tests.contract.conftest import ValkeyServer, running_valkey
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
 from tests.live_guest import MIB, LiveDisk, LiveGuest, first_number, running_pair
@@ -34,8 +34,9 @@ BEFORE_CUT = ("between-prepare-and-prepared", "between-stop-and-frozen", "betwee
 class Group:
     """Two guests that write in turns, each on a host of its own; the test is their coordinator."""
 
-    def __init__(self, hosts: list[Host], ledger: RedisLedger) -> None:
+    def __init__(self, hosts: list[Host], ledger: RedisLedger, server: ValkeyServer) -> None:
         self.hosts = hosts
+        self.server = server
         self._ledger = ledger
         term = ledger.lead("leader", HOUR_MS)
         assert term is not None
@@ -67,6 +68,10 @@ class Group:
 
     def expire(self) -> list[tuple[str, str]]:
         return self._ledger.expire_epochs(self._term)
+
+    def adopt(self) -> None:
+        """The ledger's server, which was started again."""
+        self._ledger.adopt_run(self._term, 0)
 
     def give_up(self) -> None:
         self._ledger.give_up_epoch(self._term, GROUP, self.now().number, "the test gives it up")
@@ -110,7 +115,7 @@ def cluster(guest_kit: GuestKit, module_tmpfs_path: Path) -> Iterator[Group]:
             for n, guest in enumerate(guests, start=1)
         ]
         try:
-            yield Group(hosts, ledger)
+            yield Group(hosts, ledger, valkey)
         finally:
             for host in hosts:
                 host.kill()
@@ -271,6 +276,27 @@ def test_an_epoch_that_would_fill_the_scratch_disk_is_aborted(group: Group) -> N
     assert "GiB are to stay so" in group.wait_for(Phase.ABORTED, Phase.READABLE).why
     filled.unlink()
     second.start_agent()
+    group.check_that_all_write()
+    group.check_an_epoch()
+    group.check_that_nothing_is_left()
+
+
+def test_a_cut_that_failed_while_the_ledger_was_away_ends_the_epoch_once_it_is_back(group: Group) -> None:
+    """Else all others would wait for it until the time of views is over, with their filters in place."""
+    _, second = group.hosts
+    group.check_an_epoch()
+    second.start_agent("between-go-and-cut:stop")
+    group.open()
+    wait_until(second.trip.exists, "the agent to be about to cut", STEP_S)
+    second.guest.wait_until_it_writes()  # the guard let it run
+    group.server.kill()
+    assert second.agent is not None
+    log = second.agent.log
+    second.signal_agent(signal.SIGCONT)
+    wait_until(lambda: "nothing comes of this machine" in log.read_text(), "the cut to fail", STEP_S)
+    group.server.start()
+    group.adopt()
+    assert "follow: " in group.wait_for(Phase.ABORTED).why
     group.check_that_all_write()
     group.check_an_epoch()
     group.check_that_nothing_is_left()

@@ -154,13 +154,9 @@ class Machine:
                 await remove(self.vm.monitor, part.view)
 
     async def _tell(self, epoch: Epoch, barrier: Barrier, error: BaseException) -> None:
-        if isinstance(error, AbortedError):
-            return
-        why = error.message if isinstance(error, FlushpointError) else f"its agent failed: {error!r}"
-        with suppress(FlushpointError):  # the ledger's own time-outs end the epoch then
-            standing = await barrier.abort(epoch, self.name, why)
-            if standing.phase is Phase.CUTTING:
-                await barrier.fail_cut(epoch, self.name, why)
+        if not isinstance(error, AbortedError):
+            with suppress(FlushpointError):  # its agent says it again
+                await fail(epoch, self.name, barrier, why_of(error))
 
 
 def refuse_aborted(epoch: Epoch, standing: Standing) -> None:
@@ -169,15 +165,23 @@ def refuse_aborted(epoch: Epoch, standing: Standing) -> None:
         raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
 
 
+def why_of(error: BaseException) -> str:
+    return error.message if isinstance(error, FlushpointError) else f"its agent failed: {error!r}"
+
+
+async def fail(epoch: Epoch, vm: str, barrier: Barrier, why: str) -> None:
+    """End the epoch, whatever it is at, unless it is over or all can be read. Any number of times."""
+    standing = await barrier.abort(epoch, vm, why)
+    if standing.phase in (Phase.CUTTING, Phase.TAKEN):
+        await barrier.fail_cut(epoch, vm, why)
+
+
 async def recover(epoch: Epoch, vm: str, barrier: Barrier) -> bool:
     """For an agent that was started again and has taken its views away: whether all was staged before, and can be read
     without it. Else nobody is to wait for what it had begun."""
     if vm in epoch.reads:
         return True
-    why = "its agent was started again"
-    standing = await barrier.abort(epoch, vm, why)
-    if standing.phase in (Phase.CUTTING, Phase.TAKEN):
-        await barrier.fail_cut(epoch, vm, why)
+    await fail(epoch, vm, barrier, "its agent was started again")
     return False
 
 

@@ -33,7 +33,7 @@ from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
-from workers.agent.participant import AbortedError, Machine, Taken, recover
+from workers.agent.participant import AbortedError, Machine, Taken, fail, recover, why_of
 from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.stage import clear, stage
@@ -133,8 +133,7 @@ class Agent:
             machine = Machine(participant.vm, vm, self._scratch)
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
-            with suppress(FlushpointError):  # the ledger's own time-out ends the epoch then
-                await self._barrier.abort(epoch, participant.vm, error.message)
+            await self._fail(epoch, participant.vm, error)
             return
         try:
             taken = await machine.take_part(epoch, self._barrier, self._feed)
@@ -149,18 +148,27 @@ class Agent:
             said.warning("nothing comes of this machine's part", error=str(error))
             if isinstance(error, GuestSilentError):
                 await self._let_go(Path(participant.qmp))
+            await self._fail(epoch, participant.vm, error)
+        except Exception as error:  # a mistake of ours must not let others wait either
+            said.exception("nothing comes of this machine's part")
+            await self._fail(epoch, participant.vm, error)
+
+    async def _fail(self, epoch: Epoch, vm: str, error: Exception) -> None:
+        """The ledger hears of it, however long it is away: nobody is to wait until the views' time is over."""
+        ends_at = time.monotonic() + epoch.spec.hold_ms / 1000
+        while time.monotonic() < ends_at:
+            try:
+                await fail(epoch, vm, self._barrier, why_of(error))
+            except UnavailableError:
+                await asyncio.sleep(AGAIN_S)
+            except FlushpointError:  # it is over, or lost
+                return
+            else:
+                return
 
     async def _make_readable(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> None:
         """Whatever fails here ends the epoch; a ledger that is away is waited for."""
-        try:
-            copies = await self._staged(epoch, participant, vm, taken)
-        except AbortedError:
-            raise
-        except Exception as error:
-            why = error.message if isinstance(error, FlushpointError) else f"its agent failed: {error!r}"
-            with suppress(FlushpointError):  # the coordinator gives up an epoch that takes too long
-                await self._barrier.fail_cut(epoch, participant.vm, why)
-            raise
+        copies = await self._staged(epoch, participant, vm, taken)
         pass_point("between-stage-and-readable")
         give_up_at = time.monotonic() + STAGE_S
         standing = taken.standing

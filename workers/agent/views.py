@@ -229,6 +229,11 @@ async def make_image(monitor: Monitor, path: Path, size: int) -> None:
             "make room there, or name another scratch directory",
         )
     path.chmod(0o600)
+    lend(monitor, path)
+
+
+def lend(monitor: Monitor, path: Path) -> None:
+    """Give a file, or a directory, to the user of the guest's QEMU."""
     uid, gid = monitor.user_of_qemu()
     if uid != os.geteuid():
         with contextlib.suppress(PermissionError):  # then QEMU says that it cannot open it

@@ -88,7 +88,7 @@ def inspect(path: str, access: Access) -> Image:
 
 def create_qcow2(path: str, size: int) -> None:
     """Make, or make anew, a qcow2 image at `path`. ImageInUseError if it is open, DiskIOError without room."""
-    _qemu_img("create", "-q", "-f", "qcow2", "--", path, str(size))
+    qemu_img("create", "-q", "-f", "qcow2", "--", path, str(size))
 
 
 def bitmap_for_reading(image: Image, name: str, has_writer: bool) -> Bitmap:
@@ -126,7 +126,7 @@ def bitmap_for_reading(image: Image, name: str, has_writer: bool) -> Bitmap:
 
 def _info(path: str) -> dict[str, Any]:
     # --force-share: an image that a guest is writing can be described; nothing is read but its header.
-    text = _qemu_img("info", "--output=json", "--force-share", "-f", "qcow2", "--", path)
+    text = qemu_img("info", "--output=json", "--force-share", "-f", "qcow2", "--", path)
     info: dict[str, Any] = json.loads(text)
     data = info.get("format-specific", {}).get("data", {})
     if "data-file" in data:
@@ -175,7 +175,7 @@ def _backing_of(path: str, info: dict[str, Any], access: Access) -> tuple[str | 
         ) from error
 
 
-def _qemu_img(*arguments: str) -> str:
+def qemu_img(*arguments: str) -> str:
     """Its standard output; what it wrote to the other one as an error, when it fails."""
     command = ["qemu-img", *arguments]
     try:
