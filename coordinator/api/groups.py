@@ -14,7 +14,7 @@ from coordinator.api.feed import EventFeed
 from coordinator.ledger.contract import ConflictError, Ledger
 from coordinator.model.epoch import checked_group
 from coordinator.model.errors import NotFoundError, RefusedError
-from coordinator.model.group import GroupRecord, GroupSpec, GroupVerb, shared_disk, told
+from coordinator.model.group import GroupRecord, GroupSpec, GroupVerb, respecified, shared_disk, told
 from coordinator.model.view import CheckpointView, GroupView, view_of_checkpoint, view_of_group
 
 CAS_TRIES = 20
@@ -48,7 +48,7 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
             if other.name != name and (disk := shared_disk(wanted, other)):
                 raise RefusedError(f"{disk} is in group {other.name!r} already", "take it out of one of the two")
         try:
-            group = changed(name, lambda known: known.model_copy(update={"spec": spec}))
+            group = changed(name, lambda known: respecified(known, spec))
         except NotFoundError:
             group = ledger.put_group(wanted)
         return view_of_group(group, time.time())

@@ -86,6 +86,11 @@ def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int
     )
 
 
+def all_of(bitmaps: Iterable[Tracking], repository: str, group: str) -> tuple[str, ...]:
+    """Those of a disk that the group has no more."""
+    return tuple(b.name for b in bitmaps if epoch_of(repository, group, b.name) is not None)
+
+
 def leftovers(bitmaps: Iterable[Tracking], repository: str, group: str, newest_point: int) -> tuple[str, ...]:
     """Those that nobody will need, to be removed in this order, the oldest first: whoever is killed on the way must not
     leave a bitmap without one after it, with which it would look as if they told of all that was written. For the same

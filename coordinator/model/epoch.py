@@ -147,6 +147,8 @@ class EpochSpec(BaseModel):
     """From GO until all must be READABLE: as long as views are held, guests pay for them with each of their writes."""
     consistency: Consistency = Consistency.CRASH
     """filesystem: file systems are frozen before a guest is stopped, where it lets us; the facts of its cut tell."""
+    leaving: tuple[Participant, ...] = ()
+    """Disks that the group has no more: their bitmaps go with the point."""
     repository: str = ""
     """Its id, for the names of bitmaps."""
     parents: Mapping[str, int] = Field(default_factory=dict)
@@ -170,8 +172,8 @@ class EpochSpec(BaseModel):
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Each once, in the order of the participants."""
-        return tuple(dict.fromkeys(participant.host for participant in self.participants))
+        """Each once, in the order of the participants; they hear of the epoch."""
+        return tuple(dict.fromkeys(participant.host for participant in (*self.participants, *self.leaving)))
 
 
 class ViewKind(enum.StrEnum):

@@ -192,6 +192,7 @@ class Round(BaseModel):
     begun_at: float
     requests: tuple[str, ...] = ()
     """The checkpoints that it was begun for."""
+    leaving: tuple[Participant, ...] = ()
     stage: Stage = Stage.OPENING
     number: int = 0
     """Of its epoch; 0 while none is announced."""
@@ -238,6 +239,8 @@ class GroupRecord(BaseModel):
     published: int = 0
     """The newest recovery point that a round made; 0: none yet."""
     published_cut_at: float = 0.0
+    leaving: tuple[Participant, ...] = ()
+    """Disks that were taken out of the group since its newest point, and may have bitmaps of it."""
     done_with: tuple[str, ...] = ()
     """Jobs of the last round, which nobody needs any more."""
     paused: bool = False
@@ -258,6 +261,18 @@ class GroupRecord(BaseModel):
     def knows(self, request: str) -> bool:
         waiting = self.requests + (self.round.requests if self.round else ())
         return request in waiting or self.outcome_for(request) is not None
+
+
+def respecified(group: GroupRecord, spec: GroupSpec) -> GroupRecord:
+    """The group with another spec, and what that takes out of it."""
+    stay = {(m.host, m.qmp, disk) for m in spec.members for disk in m.disks}
+    leaving = []
+    for member in (*group.leaving, *group.spec.members):
+        disks = tuple(disk for disk in member.disks if (member.host, member.qmp, disk) not in stay)
+        gone = member.model_copy(update={"disks": disks})
+        if disks and gone not in leaving:
+            leaving.append(gone)
+    return group.model_copy(update={"spec": spec, "leaving": tuple(leaving)})
 
 
 class GroupVerb(enum.StrEnum):

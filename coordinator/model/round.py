@@ -186,7 +186,7 @@ def _steer(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Steer 
 
 
 def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
-    begun = Round(id=round_id, spec=group.spec, begun_at=now, requests=group.requests)
+    begun = Round(id=round_id, spec=group.spec, begun_at=now, requests=group.requests, leaving=group.leaving)
     return Keep("begins a round", _with(group, round=begun, requests=()))
 
 
@@ -238,6 +238,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         freeze_ms=round(policy.freeze_timeout * 1000),
         hold_ms=round(policy.hold_timeout * 1000),
         consistency=policy.consistency,
+        leaving=at_work.leaving,
         repository=at_work.repository,
         parents=at_work.parents,
     )
@@ -354,7 +355,8 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
     name = f"{group.name}@{at_work.number}"
     if is_point:
         there = tuple(job_id for job_id in jobs_of(group) if job_id in seen.jobs)
-        changes |= {"published": at_work.number, "published_cut_at": cut_at, "done_with": there}
+        left = tuple(one for one in group.leaving if one not in at_work.leaving)
+        changes |= {"published": at_work.number, "published_cut_at": cut_at, "done_with": there, "leaving": left}
         return Keep(f"has published {name}", _with(group, **changes))
     aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
     return Keep(

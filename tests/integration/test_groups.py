@@ -30,7 +30,7 @@ from tests.live_guest import (
     running_with_files,
     wandering_guest,
 )
-from tests.stack import running_stack, wait_until
+from tests.stack import flushpoint, running_stack, wait_until
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
 
@@ -234,3 +234,30 @@ def test_a_point_tells_whether_all_of_its_file_systems_were_frozen(
         assert point.consistency == "crash"
         told = [(machine.filesystem_consistent, machine.fallback) for machine in point.machines]
         assert told == [(True, ""), (False, "no guest agent is named")]
+
+
+def test_a_machine_leaves_a_group_and_comes_back(deployment: Deployment, shop: tuple[Host, Host]) -> None:
+    first, second = shop
+
+    def bitmaps() -> list[str]:
+        """Of the second guest's disk, whose monitor its agent holds."""
+        described = json.loads(
+            flushpoint("bitmap", "query", f"qemu+unix:///b?qmp={second.guest.user}", "--json").stdout
+        )
+        return [one["name"] for one in described["bitmaps"]]
+
+    deployment.apply("shop", first, second)
+    before = deployment.published("shop")
+    wait_until(lambda: len(bitmaps()) == 1, "the bitmap of the newest point alone", STEP_S)
+    deployment.apply("shop", first)
+    alone = deployment.point("shop", deployment.published("shop"))
+    assert [member.disk for member in alone.members] == ["lead/a"]
+    wait_until(lambda: bitmaps() == [], "its bitmaps to go", STEP_S)
+    deployment.apply("shop", first, second)
+    point = deployment.point("shop", deployment.published("shop"))
+    returned = point.member("follow/b")
+    assert returned is not None
+    assert (returned.parent, returned.sync) == (before, "incremental")
+    assert returned.reason == f"no bitmap records what was written since point {before}"
+    lead, follow = (deployment.number_in("shop", point.epoch, disk) for disk in ("lead/a", "follow/b"))
+    assert follow <= lead <= follow + 1

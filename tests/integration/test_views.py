@@ -179,7 +179,7 @@ def test_a_disk_that_cannot_be_staged_leaves_no_view_of_any(
             parts, _ = await cut(vm, guest, tmpfs_path, "failing", 0, 1)
             monkeypatch.setattr("workers.agent.service.stage", fail)
             with pytest.raises(UnavailableError, match="no room"):
-                await stage_all(vm, parts, tmpfs_path / "staged", 0)
+                await stage_all(vm, parts, tmpfs_path / "staged")
             assert await ours(vm) == []
             guest.wait_until_it_writes()
 
@@ -201,7 +201,7 @@ def test_a_staging_that_is_cancelled_leaves_nothing_in_the_guest(
         monkeypatch.setattr("workers.agent.stage._finish", endless)
         async with monitored(guest, tmpfs_path) as vm:
             parts, _ = await cut(vm, guest, tmpfs_path, "cancelled", 0, 1)
-            staging = asyncio.create_task(stage_all(vm, parts, tmpfs_path / "staged", 0))
+            staging = asyncio.create_task(stage_all(vm, parts, tmpfs_path / "staged"))
             await copying.wait()
             staging.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -23,14 +23,14 @@ from pathlib import Path
 import structlog
 
 from coordinator.ledger.barrier import Barrier, News
-from coordinator.model.bitmap import leftovers
+from coordinator.model.bitmap import all_of, leftovers
 from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.agent.cut import Part, Vm, let_run
 from workers.agent.feed import AGAIN_S, Feed
 from workers.agent.files import thaw_left
 from workers.agent.guard import GuardLink
-from workers.agent.guest import look_at
+from workers.agent.guest import GuestDisk, look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
 from workers.agent.participant import AbortedError, Machine, Taken, fail, recover, why_of
@@ -219,21 +219,28 @@ class Agent:
         if after is not None:
             await asyncio.wait([after])
         if phase is Phase.RETIRED:
-            with suppress(FlushpointError):  # what is left goes with the next point
+            with suppress(FlushpointError):  # what is left does no harm; of members it goes with the next point
                 await self._remove_bitmaps(await self._barrier.epoch(group, number))
         if self._relay is not None:
             await self._relay.withdraw(f"{group}@{number}/")
         await asyncio.to_thread(shutil.rmtree, self._place(group, number), ignore_errors=True)
 
     async def _remove_bitmaps(self, point: Epoch) -> None:
-        """Those that nobody needs beside the one that records since this point."""
-        for participant in point.on(self._host):
-            vm = await self._vm(Path(participant.qmp))
-            async with vm.turn:  # the next epoch may just have looked at them
-                guest = await look_at(vm.monitor)
-                for disk in map(guest.disk, participant.disks):
-                    for name in leftovers(disk.tracking(), point.spec.repository, point.group, point.number):
-                        await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
+        """Those that nobody needs beside the ones that record since this point."""
+        spec = point.spec
+        for one in point.on(self._host):
+            await self._remove(one, lambda disk: leftovers(disk.tracking(), spec.repository, point.group, point.number))
+        for one in spec.leaving:
+            if one.host == self._host:
+                await self._remove(one, lambda disk: all_of(disk.tracking(), spec.repository, point.group))
+
+    async def _remove(self, participant: Participant, which: Callable[[GuestDisk], Sequence[str]]) -> None:
+        vm = await self._vm(Path(participant.qmp))
+        async with vm.turn:  # the next epoch may just have looked at them
+            guest = await look_at(vm.monitor)
+            for disk in map(guest.disk, participant.disks):
+                for name in which(disk):
+                    await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
 
     def _place(self, group: str, number: int) -> Path:
         return self._scratch / f"{group}@{number}"

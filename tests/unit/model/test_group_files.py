@@ -13,7 +13,14 @@ from pydantic import ValidationError
 
 from coordinator.model.epoch import Participant
 from coordinator.model.errors import UsageError
-from coordinator.model.group import GroupFile, GroupRecord, GroupSpec, share_a_machine, shared_disk
+from coordinator.model.group import (
+    GroupFile,
+    GroupRecord,
+    GroupSpec,
+    respecified,
+    share_a_machine,
+    shared_disk,
+)
 
 CONFIG = Path(__file__).parents[3] / "config"
 EXAMPLE = yaml.safe_load((CONFIG / "group.yaml").read_text())
@@ -98,3 +105,13 @@ def test_a_disk_is_known_by_its_monitor_however_its_machine_is_called() -> None:
     assert shared_disk(group(db), group(elsewhere)) == ""
     assert share_a_machine(group(db).spec, group(free).spec)
     assert not share_a_machine(group(db).spec, group(elsewhere).spec)
+
+
+def test_what_a_new_spec_takes_out_of_a_group_is_remembered_until_it_comes_back() -> None:
+    db = Participant(vm="db", host="hv1", qmp="/db", disks=("vda", "vdb"))
+    web = Participant(vm="web", host="hv2", qmp="/web", disks=("vda",))
+    smaller = respecified(group(db, web), group(db.model_copy(update={"disks": ("vda",)})).spec)
+    assert smaller.leaving == (db.model_copy(update={"disks": ("vdb",)}), web)
+    again = respecified(smaller, smaller.spec.model_copy(update={"repository": "repo+file:///other"}))
+    assert again.leaving == smaller.leaving
+    assert respecified(smaller, group(db, web).spec).leaving == ()
