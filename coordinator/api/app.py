@@ -101,8 +101,8 @@ def make_api(ledger: Ledger, leads: Callable[[], bool], feed: EventFeed) -> Fast
 
     @app.post("/v1/jobs", status_code=201)
     def submit(spec: JobSpec, idempotency_key: Annotated[str, Header(max_length=255)] = "") -> JobView:
-        if spec.group:
-            raise RefusedError(f"this is a job of group {spec.group}", "ask for a checkpoint of the group instead")
+        if spec.is_of_a_group:
+            raise RefusedError(f"this is a job of a group {spec.group}", "ask for a checkpoint of the group instead")
         for name in (spec.source, spec.target) if spec.task is None else ():
             parse(name)
         if spec.task is None and spec.source == spec.target:

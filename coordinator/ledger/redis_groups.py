@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import structlog
+from pydantic import ValidationError
+
 from coordinator.ledger.connection import Server
 from coordinator.ledger.contract import ConflictError, NewEvent, Term
 from coordinator.ledger.records import events_of
 from coordinator.ledger.redis_jobs import deposed, fence_of
 from coordinator.model.errors import NotFoundError
 from coordinator.model.group import GroupRecord
+
+log = structlog.get_logger()
 
 
 def missing_group(name: str) -> NotFoundError:
@@ -44,7 +49,12 @@ class RedisGroups:
         return GroupRecord.model_validate_json(text)
 
     def groups(self) -> list[GroupRecord]:
-        found = [GroupRecord.model_validate_json(text) for text in self._server.ask("groups")]
+        found = []
+        for text in self._server.ask("groups"):
+            try:
+                found.append(GroupRecord.model_validate_json(text))
+            except ValidationError as error:  # of another version: no other group, and no job, is to suffer from it
+                log.warning("a group's record cannot be read", error=error.errors()[0]["msg"])
         return sorted(found, key=lambda group: group.name)
 
     def remove_group(self, name: str, version: int) -> None:

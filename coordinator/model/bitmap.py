@@ -1,7 +1,7 @@
 """Which dirty bitmaps of a disk tell what was written since a recovery point. Pure.
 
-A bitmap of ours is called flushpoint:REPOSITORY:GROUP:EPOCH and records writes since the cut of that epoch. Every cut
-adds one and disables those that recorded until then, in the same stop:
+A bitmap of ours is called flushpoint:REPOSITORY:GROUP:VM/DISK:EPOCH and records writes since the cut of that epoch.
+Every cut adds one and disables those that recorded until then, in the same stop:
 
     cut 7 (published)    cut 8 (aborted)    cut 9
     |------ :7 ----------|------ :8 --------|------ :9 -----
@@ -51,27 +51,39 @@ class Rotation:
         return self.compare or f"by bitmap {', '.join(self.changed)}"
 
 
-def name_of(repository: str, group: str, epoch: int) -> str:
-    return f"{PREFIX}:{repository}:{group}:{epoch}"
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose bitmaps: a disk's (VM/DISK), by the name under which its points are. One that was made under another name
+    tells of another disk: of two that were exchanged, say, or of an image that was put elsewhere."""
+
+    repository: str
+    group: str
+    disk: str
 
 
-def epoch_of(repository: str, group: str, name: str) -> int | None:
-    """The epoch whose writes a bitmap records; None if it is not of this group and repository."""
-    head, _, number = name.rpartition(":")
-    if head != f"{PREFIX}:{repository}:{group}" or not number.isascii() or not number.isdigit():
+def name_of(owner: Owner, epoch: int) -> str:
+    return f"{PREFIX}:{owner.repository}:{owner.group}:{owner.disk}:{epoch}"
+
+
+def epoch_of(owner: Owner, name: str) -> int | None:
+    """The epoch whose writes a bitmap records; None if it is not this disk's."""
+    number = name.rpartition(":")[2]
+    if not number.isascii() or not number.isdigit():
         return None
     epoch = int(number)
-    return epoch if epoch > 0 and name == name_of(repository, group, epoch) else None
+    return epoch if epoch > 0 and name == name_of(owner, epoch) else None
 
 
-def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int, epoch: int) -> Rotation:
+def rotate(bitmaps: Iterable[Tracking], owner: Owner, parent: int, epoch: int, size_changed: bool = False) -> Rotation:
     """At the cut of `epoch`, whose parent is the point `parent` (0: there is none)."""
-    ours = {number: b for b in bitmaps if (number := epoch_of(repository, group, b.name)) is not None}
+    ours = {number: b for b in bitmaps if (number := epoch_of(owner, b.name)) is not None}
     since = {number: b for number, b in ours.items() if parent <= number < epoch}
     newest = max(since, default=0)
     compare = ""
     if parent == 0:
         compare = "there is no recovery point yet"
+    elif size_changed:
+        compare = "the disk has changed its size"
     elif parent not in since:
         compare = f"no bitmap records what was written since point {parent}"
     elif not all(b.is_usable for b in since.values()):
@@ -81,19 +93,20 @@ def rotate(bitmaps: Iterable[Tracking], repository: str, group: str, parent: int
     changed = tuple(since[number].name for number in sorted(since)) if not compare else ()
     remove = tuple(ours[number].name for number in sorted(ours)) if compare else ()
     disable = tuple(b.name for _, b in sorted(ours.items()) if b.is_recording and not compare)
-    return Rotation(
-        name_of(repository, group, epoch), disable, remove, changed, since=0 if compare else parent, compare=compare
-    )
+    return Rotation(name_of(owner, epoch), disable, remove, changed, since=0 if compare else parent, compare=compare)
 
 
-def all_of(bitmaps: Iterable[Tracking], repository: str, group: str) -> tuple[str, ...]:
-    """Those of a disk that the group has no more."""
-    return tuple(b.name for b in bitmaps if epoch_of(repository, group, b.name) is not None)
+def all_of(bitmaps: Iterable[Tracking], owner: Owner) -> tuple[str, ...]:
+    """All of the group's on a disk that it has no more, whichever disk they tell of; the oldest first."""
+    prefix = f"{PREFIX}:{owner.repository}:{owner.group}:"
+    ours = [b.name for b in bitmaps if b.name.startswith(prefix)]
+    return tuple(sorted(ours, key=lambda name: (name.rpartition(":")[2].zfill(20), name)))
 
 
-def leftovers(bitmaps: Iterable[Tracking], repository: str, group: str, newest_point: int) -> tuple[str, ...]:
+def leftovers(bitmaps: Iterable[Tracking], owner: Owner, newest_point: int) -> tuple[str, ...]:
     """Those that nobody will need, to be removed in this order, the oldest first: whoever is killed on the way must not
     leave a bitmap without one after it, with which it would look as if they told of all that was written. For the same
-    reason one that is not usable stays while it is newer than the newest point."""
-    epochs = {epoch: b.name for b in bitmaps if (epoch := epoch_of(repository, group, b.name)) is not None}
-    return tuple(epochs[epoch] for epoch in sorted(epochs) if epoch < newest_point)
+    reason one that is not usable stays while it is newer than the newest point. What tells of another disk goes too."""
+    known = list(bitmaps)
+    epochs = {name: epoch_of(owner, name) for name in all_of(known, owner)}
+    return tuple(name for name, epoch in epochs.items() if epoch is None or epoch < newest_point)

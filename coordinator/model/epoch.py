@@ -147,6 +147,8 @@ class EpochSpec(BaseModel):
     """From GO until all must be READABLE: as long as views are held, guests pay for them with each of their writes."""
     consistency: Consistency = Consistency.CRASH
     """filesystem: file systems are frozen before a guest is stopped, where it lets us; the facts of its cut tell."""
+    sizes: Mapping[str, int] = Field(default_factory=dict)
+    """By VM/DISK, in bytes as of its parent: a disk that has another size now is copied whole."""
     leaving: tuple[Participant, ...] = ()
     """Disks that the group has no more: their bitmaps go with the point."""
     repository: str = ""

@@ -36,9 +36,11 @@ def _seconds(value: Any) -> Any:
     return float(match["n"]) * _UNITS_S[match["unit"]]
 
 
+LONGEST_S = 366 * 86400.0
 Seconds = Annotated[
     float,
     BeforeValidator(_seconds),
+    Field(allow_inf_nan=False, le=LONGEST_S),
     WithJsonSchema(
         {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*(ms|s|m|h|d)$"}]}
     ),
@@ -52,6 +54,7 @@ def _bytes(value: Any) -> Any:
 Rate = Annotated[
     int,
     BeforeValidator(_bytes),
+    Field(le=1 << 50),
     WithJsonSchema(
         {
             "anyOf": [
@@ -95,11 +98,13 @@ class GroupPolicy(_Words):
         default=Consistency.CRASH,
         description="filesystem: guest agents freeze file systems for the cut; where one does not, its point says so",
     )
-    freeze_timeout: Seconds = Field(default=1.0, gt=0, le=60, description="no guest is ever stopped for longer")
-    prepare_timeout: Seconds = Field(default=30.0, gt=0, description="how long the slowest machine may take to prepare")
+    freeze_timeout: Seconds = Field(default=1.0, ge=0.01, le=60, description="no guest is ever stopped for longer")
+    prepare_timeout: Seconds = Field(
+        default=30.0, ge=0.01, le=600, description="how long the slowest machine may take to prepare"
+    )
     hold_timeout: Seconds = Field(
         default=600.0,
-        gt=0,
+        ge=0.01,
         le=LONGEST_HOLD_S,
         description="how long views may be held: guests pay for them with each of their writes",
     )
@@ -129,6 +134,9 @@ class GroupSpec(_Words):
         names = [member.vm for member in self.members]
         if len(set(names)) < len(names):
             raise ValueError(f"the machine {max(names, key=names.count)} is named twice: name all its disks at once")
+        monitors = [(member.host, member.qmp) for member in self.members]
+        if len(set(monitors)) < len(monitors):
+            raise ValueError("two machines have one monitor: name all disks of a machine at once")
         for member in self.members:
             if not member.qmp.startswith("/"):
                 raise ValueError(f"qmp of {member.vm} is no absolute path of a monitor's socket on {member.host}")
@@ -201,6 +209,8 @@ class Round(BaseModel):
     parents: dict[str, int] = Field(default_factory=dict)
     """By VM/DISK, the point it builds on."""
     pins: tuple[int, ...] = ()
+    sizes: dict[str, int] = Field(default_factory=dict)
+    """By VM/DISK, in bytes, of the point it builds on."""
     why: str = ""
     """Why nothing comes of it."""
 

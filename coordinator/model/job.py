@@ -158,6 +158,11 @@ class JobSpec(BaseModel):
         return self
 
     @property
+    def is_of_a_group(self) -> bool:
+        """Only a group's coordinator makes such jobs."""
+        return self.part is not None or not (self.task is None or isinstance(self.task, RepositoryTask))
+
+    @property
     def group(self) -> str:
         """The group whose coordinator made this job for an epoch; "" if people did, or their tools."""
         if self.part is not None:

@@ -118,11 +118,12 @@ def jobs_of(group: GroupRecord) -> tuple[str, ...]:
 
 def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Action | None:
     """None: wait for jobs, agents or users. A new round is called `round_id`."""
-    if group.done_with:
-        there = tuple(job_id for job_id in group.done_with if job_id in seen.jobs)
-        return Dismiss(there) if there else Keep("has put away the jobs of its last round", _with(group, done_with=()))
     if (told := _tell_rpo(group, now)) is not None:
         return told
+    if group.done_with:
+        found = [job for job_id in group.done_with if (job := seen.jobs.get(job_id)) is not None]
+        there = tuple(job.id for job in found if job.state is State.CONCLUDED)
+        return Dismiss(there) if there else Keep("has put away the jobs of its last round", _with(group, done_with=()))
     if (pruning := _prune(group, seen, now)) is not None:
         return pruning
     if group.round is None:
@@ -214,6 +215,7 @@ def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
             "repository": opened.repository,
             "parents": opened.parents,
             "pins": opened.pins,
+            "sizes": opened.sizes,
         }
     )
     counted = max(group.counted, opened.number)
@@ -241,6 +243,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         leaving=at_work.leaving,
         repository=at_work.repository,
         parents=at_work.parents,
+        sizes=at_work.sizes,
     )
     return Begin(spec, at_work.number - 1)
 
@@ -303,7 +306,7 @@ def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> A
 
 def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
     epoch = seen.epoch
-    if epoch is not None and epoch.number == at_work.number and not epoch.is_over:
+    if epoch is not None and epoch.number >= at_work.number and not epoch.is_over:
         return GiveUp(epoch.number, at_work.why)
     begun = [_opening_job(at_work), *_copies(at_work), _job(at_work, "publish")]
     going = [job for job_id in begun if (job := seen.jobs.get(job_id)) and job.state is not State.CONCLUDED]
@@ -354,9 +357,11 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
     changes: dict[str, Any] = {"round": None, "outcomes": (*group.outcomes, outcome)[-OUTCOMES_KEPT:]}
     name = f"{group.name}@{at_work.number}"
     if is_point:
-        there = tuple(job_id for job_id in jobs_of(group) if job_id in seen.jobs)
+        there = tuple(job_id for job_id in jobs_of(group) if job_id in seen.jobs and job_id != group.prune_job)
         left = tuple(one for one in group.leaving if one not in at_work.leaving)
-        changes |= {"published": at_work.number, "published_cut_at": cut_at, "done_with": there, "leaving": left}
+        # Hosts' clocks say it, and ours when the next round is due: it was cut in this round, whatever they show.
+        seen_at = min(max(cut_at, at_work.begun_at), now)
+        changes |= {"published": at_work.number, "published_cut_at": seen_at, "done_with": there, "leaving": left}
         return Keep(f"has published {name}", _with(group, **changes))
     aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
     return Keep(

@@ -103,6 +103,8 @@ class OpenedEpoch(BaseModel):
     parents: dict[str, int]
     """The newest point of each disk that can be built on; none for a disk without."""
     pins: tuple[int, ...]
+    sizes: dict[str, int] = Field(default_factory=dict)
+    """In bytes, of each disk in the point it builds on."""
 
 
 class PublishEpoch(BaseModel):
@@ -139,7 +141,7 @@ class DecidedEpoch(BaseModel):
 
 def _family(task: Any) -> str:
     """By which model a task is checked, so that what is wrong with it is said once."""
-    kind = str(task.get("kind", "") if isinstance(task, dict) else task.kind)
+    kind = str(task.get("kind", "") if isinstance(task, dict) else getattr(task, "kind", ""))
     return kind if kind in ("open-epoch", "publish-epoch", "abandon-epoch") else "repository"
 
 

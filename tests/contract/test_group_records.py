@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import secrets
+from contextlib import closing
 
-from coordinator.ledger import GROUP_WAKE, ConflictError, DeposedError, Ledger, NewEvent, Term
+import pytest
+from redis import Redis
+
+from coordinator.ledger import GROUP_WAKE, ConflictError, DeposedError, Ledger, NewEvent, RedisLedger, Term
 from coordinator.model.epoch import Participant
 from coordinator.model.errors import NotFoundError
 from coordinator.model.events import EventName
 from coordinator.model.group import GroupRecord, GroupSpec
 from coordinator.model.job import JobSpec
+from coordinator.service.control import ControlLoop
+from coordinator.settings import Settings
 
 SPEC = GroupSpec(
     repository="repo+file:///r", members=(Participant(vm="db", host="hv1", qmp="/run/db.qmp", disks=("vda",)),)
@@ -93,3 +99,18 @@ def test_jobs_are_found_by_their_names_those_that_there_are(ledger: Ledger) -> N
     ledger.submit("job2", JOB)
     assert ledger.jobs_named(["job2", "none", "job1"]) == {name: ledger.job(name).job for name in ("job1", "job2")}
     assert ledger.jobs_named([]) == {}
+
+
+def test_a_record_that_cannot_be_read_hides_no_other(valkey_url: str) -> None:
+    """Of another version, say: the leader goes on, and rings for all jobs."""
+    prefix = f"{secrets.token_hex(4)}:"
+    with closing(RedisLedger(valkey_url, prefix=prefix)) as ledger, closing(Redis.from_url(valkey_url)) as redis:
+        ledger.put_group(SHOP)
+        redis.hset(f"{prefix}group:mail", mapping={"version": 1, "record": '{"name":"mail","spec":null}'})
+        redis.sadd(f"{prefix}group_names", "mail")
+        rung: list[int] = []
+        control = ControlLoop(ledger, Settings(cycle_s=0.01, leader_ttl_s=5), lambda: rung.append(1))
+        control.cycle()
+        control.cycle()
+        assert [group.name for group in ledger.groups()] == ["shop"]
+        assert len(rung) == 2

@@ -226,7 +226,7 @@ def test_a_bitmap_that_somebody_disables_before_the_cut_is_not_believed(
 
             async def disabled(deadline_s: float) -> Frozen:
                 disk = (await look_at(vm.monitor)).disk("b")
-                (name,) = [b.name for b in disk.bitmaps if b.name.endswith(f"{group.standing().group}:1")]
+                (name,) = [b.name for b in disk.bitmaps if b.name.endswith(f"{group.standing().group}:follow/b:1")]
                 await vm.monitor.execute("block-dirty-bitmap-disable", {"node": disk.node, "name": name})
                 return await freeze(deadline_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
@@ -31,6 +32,7 @@ from tests.live_guest import (
     wandering_guest,
 )
 from tests.stack import flushpoint, running_stack, wait_until
+from workers.agent.monitor import Monitor
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
 
@@ -72,7 +74,7 @@ def test_a_point_tells_how_it_was_made(deployment: Deployment, shop: tuple[Host,
     assert [member.disk for member in point.members] == ["lead/a", "follow/b"]
     for member in point.members:
         assert (member.sync, member.parent) == ("incremental", before)
-        assert member.reason == f"by bitmap flushpoint:{point.repository}:shop:{before}"
+        assert member.reason == f"by bitmap flushpoint:{point.repository}:shop:{member.disk}:{before}"
         assert 0 < member.bytes_sent <= member.bytes_read < 16 * MIB
     assert [machine.vm for machine in point.machines] == ["lead", "follow"]
     for machine in point.machines:
@@ -261,3 +263,27 @@ def test_a_machine_leaves_a_group_and_comes_back(deployment: Deployment, shop: t
     assert returned.reason == f"no bitmap records what was written since point {before}"
     lead, follow = (deployment.number_in("shop", point.epoch, disk) for disk in ("lead/a", "follow/b"))
     assert follow <= lead <= follow + 1
+
+
+def test_a_disk_that_grew_is_compared_and_has_its_point(deployment: Deployment, shop: tuple[Host, Host]) -> None:
+    first, second = shop
+    deployment.apply("shop", first, second)
+    deployment.published("shop")
+
+    async def grow() -> None:
+        monitor = await Monitor.connect(second.guest.user, allowed=frozenset({"block_resize"}))
+        try:
+            await monitor.execute("block_resize", {"node-name": "b-node", "size": 96 * MIB})
+        finally:
+            await monitor.close()
+
+    asyncio.run(grow())
+    point = deployment.point("shop", deployment.published("shop"))
+    grown = point.member("follow/b")
+    assert grown is not None
+    assert (grown.size, grown.reason) == (96 * MIB, "the disk has changed its size")
+    lead, follow = (deployment.number_in("shop", point.epoch, disk) for disk in ("lead/a", "follow/b"))
+    assert follow <= lead <= follow + 1
+    later = deployment.point("shop", deployment.published("shop")).member("follow/b")
+    assert later is not None
+    assert later.reason.startswith("by bitmap")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.model.bitmap import leftovers, rotate
+from coordinator.model.bitmap import Owner, leftovers, rotate
 from coordinator.model.errors import UnavailableError
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
@@ -81,7 +81,7 @@ async def cut(
     found = await look_at(vm.monitor)
     parts = []
     for disk in [found.disk(disk.name) for disk in guest.disks]:
-        rotation = rotate(disk.tracking(), REPOSITORY, group, parent, epoch)
+        rotation = rotate(disk.tracking(), Owner(REPOSITORY, group, f"vm/{disk.device}"), parent, epoch)
         parts.append(Part(await prepare(vm.monitor, found, disk, scratch), rotation))
     async with vm.order:
         frozen = await vm.freeze(DEADLINE_S)
@@ -229,7 +229,7 @@ def test_doctor_tells_what_can_be_done_with_each_disk(guest: LiveGuest, capsys: 
 async def tidy(vm: Vm, guest: LiveGuest, point: int) -> None:
     found = await look_at(vm.monitor)
     for disk in [found.disk(disk.name) for disk in guest.disks]:
-        for name in leftovers(disk.tracking(), REPOSITORY, CHANGED, point):
+        for name in leftovers(disk.tracking(), Owner(REPOSITORY, CHANGED, f"vm/{disk.device}"), point):
             await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from coordinator.model.bitmap import Rotation
-from coordinator.model.errors import NotFoundError, RefusedError, UnavailableError
+from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
 from workers.agent import views
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
@@ -67,7 +67,11 @@ class Vm:
         was_running = bool(status["running"])
         if was_running:
             await asyncio.to_thread(self.journal.write, self.monitor.path)
-            await asyncio.to_thread(self.guard.freeze, self._name, self.monitor.fileno(), deadline_s)
+            try:
+                await asyncio.to_thread(self.guard.freeze, self._name, self.monitor.fileno(), deadline_s)
+            except FlushpointError:
+                await asyncio.to_thread(self.journal.erase, self.monitor.path)  # it was never stopped
+                raise
         heard, begun = self.monitor.heard, time.monotonic()
         frozen = Frozen(heard, was_running, begun, begun + deadline_s)
         if was_running:
@@ -134,10 +138,16 @@ async def let_run(journal: Journal) -> list[str]:
             monitor = await Monitor.connect(path)
         except NotFoundError:
             done.append(f"{path} has ended since it was stopped")
+        except FlushpointError as error:  # it stays in the journal, and others are not to wait for it
+            done.append(f"cannot let {path} run: {error}")
+            continue
         else:
             try:
                 await monitor.execute("cont")
                 done.append(f"let {path} run, which stood still since its agent was killed")
+            except FlushpointError as error:
+                done.append(f"cannot let {path} run: {error}")
+                continue
             finally:
                 await monitor.close()
         journal.erase(path)

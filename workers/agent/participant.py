@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.ledger.barrier import Barrier
-from coordinator.model.bitmap import rotate
+from coordinator.model.bitmap import Owner, rotate
 from coordinator.model.epoch import Consistency, CutFacts, DiskView, Epoch, GoKey, Phase, Standing, ViewKind
 from coordinator.model.errors import FlushpointError, UnavailableError
 from workers.agent.cut import Part, Vm
@@ -80,7 +80,9 @@ class Machine:
         for name in epoch.participant(self.name).disks:
             disk = guest.disk(name)
             parent = spec.parent(self.name, name)
-            rotation = rotate(disk.tracking(), spec.repository, epoch.group, parent, epoch.number)
+            owner = Owner(spec.repository, epoch.group, f"{self.name}/{name}")
+            size_changed = spec.sizes.get(owner.disk, disk.size) != disk.size
+            rotation = rotate(disk.tracking(), owner, parent, epoch.number, size_changed)
             parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._scratch), rotation))
             await asyncio.to_thread(_sync, disk.file)
 

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -28,6 +28,7 @@ from workers.nbd.endpoint import Endpoint, Tls
 ALLOWED = frozenset({"blockdev-add", "blockdev-del", "block-export-add", "block-export-del", "query-block-exports"})
 """All that is said to it."""
 START_S = 10.0
+END_S = 10.0
 AGAIN_S = 1.0
 """Before one that died is started anew."""
 
@@ -70,7 +71,7 @@ class Relay:
             for name in [name for name in self._offered if name.startswith(prefix)]:
                 del self._offered[name]
                 if self._monitor is not None:
-                    with contextlib.suppress(FlushpointError):  # it is dying: the next one does not offer it
+                    with contextlib.suppress(FlushpointError, TimeoutError):  # the next one does not offer it
                         await self._remove(self._monitor, name)
 
     async def close(self) -> None:
@@ -140,7 +141,8 @@ class Relay:
                     with contextlib.suppress(FlushpointError):
                         await self._start()
                 for name, image in self._offered.items():
-                    await self._add(self._monitor, name, image)
+                    with suppress_and_tell(name):
+                        await self._add(self._monitor, name, image)
 
     async def _end(self) -> None:
         monitor, self._monitor = self._monitor, None
@@ -160,9 +162,19 @@ class Relay:
     async def _remove(self, monitor: Monitor, name: str) -> None:
         node = _node_of(name)
         await monitor.execute("block-export-del", {"id": node, "mode": "hard"})
-        while any(export["id"] == node for export in await monitor.execute("query-block-exports")):
-            await asyncio.sleep(0.02)  # a client is just being sent away
+        async with asyncio.timeout(END_S):
+            while any(export["id"] == node for export in await monitor.execute("query-block-exports")):
+                await asyncio.sleep(0.02)  # a client is just being sent away
         await monitor.execute("blockdev-del", {"node-name": node})
+
+
+@contextlib.contextmanager
+def suppress_and_tell(name: str) -> Iterator[None]:
+    """One image that cannot be offered any more takes no other with it; a relay that died is started again."""
+    try:
+        yield
+    except FlushpointError as error:
+        log.warning("an image cannot be offered", export=name, error=str(error))
 
 
 def _node_of(name: str) -> str:

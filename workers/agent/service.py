@@ -23,14 +23,14 @@ from pathlib import Path
 import structlog
 
 from coordinator.ledger.barrier import Barrier, News
-from coordinator.model.bitmap import all_of, leftovers
+from coordinator.model.bitmap import Owner, Tracking, all_of, leftovers
 from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.agent.cut import Part, Vm, let_run
 from workers.agent.feed import AGAIN_S, Feed
 from workers.agent.files import thaw_left
 from workers.agent.guard import GuardLink
-from workers.agent.guest import GuestDisk, look_at
+from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
 from workers.agent.participant import AbortedError, Machine, Taken, fail, recover, why_of
@@ -227,19 +227,26 @@ class Agent:
 
     async def _remove_bitmaps(self, point: Epoch) -> None:
         """Those that nobody needs beside the ones that record since this point."""
-        spec = point.spec
         for one in point.on(self._host):
-            await self._remove(one, lambda disk: leftovers(disk.tracking(), spec.repository, point.group, point.number))
-        for one in spec.leaving:
+            await self._remove(point, one, lambda tracking, owner: leftovers(tracking, owner, point.number))
+        for one in point.spec.leaving:
             if one.host == self._host:
-                await self._remove(one, lambda disk: all_of(disk.tracking(), spec.repository, point.group))
+                with suppress(FlushpointError):  # a machine that is gone keeps no other from being tidied
+                    await self._remove(point, one, all_of)
 
-    async def _remove(self, participant: Participant, which: Callable[[GuestDisk], Sequence[str]]) -> None:
+    async def _remove(
+        self,
+        point: Epoch,
+        participant: Participant,
+        which: Callable[[Sequence[Tracking], Owner], Sequence[str]],
+    ) -> None:
         vm = await self._vm(Path(participant.qmp))
         async with vm.turn:  # the next epoch may just have looked at them
             guest = await look_at(vm.monitor)
-            for disk in map(guest.disk, participant.disks):
-                for name in which(disk):
+            for device in participant.disks:
+                disk = guest.disk(device)
+                owner = Owner(point.spec.repository, point.group, f"{participant.vm}/{device}")
+                for name in which(disk.tracking(), owner):
                     await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
 
     def _place(self, group: str, number: int) -> Path:
@@ -268,6 +275,8 @@ class Agent:
                 log.warning("took away what an agent before this one left", monitor=str(path), disk=view.disk.device)
             except NotFoundError:
                 forget(view)
+            except FlushpointError as error:  # other guests' epochs are not to wait for this one
+                log.warning("cannot take a view away", monitor=str(path), disk=view.disk.device, error=str(error))
 
 
 async def stage_all(vm: Vm, parts: Sequence[Part], place: Path) -> tuple[DiskCopy, ...]:

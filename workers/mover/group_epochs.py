@@ -43,6 +43,7 @@ def _open(repository: Repository, task: OpenEpoch, is_over: Callable[[str], bool
         number=epochs[0].number,
         parents={epoch.disk: epoch.parent.epoch for epoch in epochs if epoch.parent and _is_whole(repository, epoch)},
         pins=epochs[0].pins,
+        sizes={epoch.disk: member.size for epoch in epochs if (member := epoch.parent_member)},
     )
 
 

@@ -106,8 +106,10 @@ def test_jobs_of_groups_are_made_by_groups_alone(api: TestClient, ledger: Memory
         {"task": {"kind": "abandon-epoch", "repository": "repo+file:///r", "group": "shop", "owner": "me"}},
     ]
     bodies[1]["task"] |= {"number": 1, "why": "because"}
+    bodies.append({**bodies[0], "target": "repo+file:///r"})
     for body in bodies:
         answer = api.post("/v1/jobs", json=body)
         assert answer.status_code == 409, answer.json()
-        assert "group shop" in answer.json()["detail"]
+        assert "job of a group" in answer.json()["detail"]
+    assert api.post("/v1/jobs", json={"task": "x"}).status_code == 422
     assert ledger.jobs() == []

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from coordinator.model.bitmap import Tracking, epoch_of, leftovers, name_of, rotate
+from coordinator.model.bitmap import Owner, Tracking, all_of, epoch_of, leftovers, name_of, rotate
 
-REPOSITORY, GROUP = "0a1b", "shop"
+OWNER = Owner("0a1b", "shop", "db/vda")
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Disk(RuleBasedStateMachine):
     def cut(self, is_published: bool, removed: int, unread: int) -> None:
         self.epoch += 1
         parent = sorted(self.written)[-1 - min(unread, len(self.written) - 1)]
-        rotation = rotate(self._tracking(), REPOSITORY, GROUP, parent, self.epoch)
+        rotation = rotate(self._tracking(), OWNER, parent, self.epoch)
         for name in rotation.disable:
             assert self.bitmaps[name].is_usable, "QEMU refuses to disable an inconsistent one"
             self.bitmaps[name].is_recording = False
@@ -57,7 +57,7 @@ class Disk(RuleBasedStateMachine):
         self.bitmaps[rotation.add] = Bitmap()
         if is_published:
             self.written[self.epoch] = set()
-        for name in leftovers(self._tracking(), REPOSITORY, GROUP, max(self.written))[:removed]:
+        for name in leftovers(self._tracking(), OWNER, max(self.written))[:removed]:
             del self.bitmaps[name]
 
     @rule()
@@ -89,14 +89,14 @@ TestDisk.settings = settings(max_examples=300, stateful_step_count=30, deadline=
 
 
 def tracking(epoch: int, *, is_recording: bool = True, is_usable: bool = True) -> Tracking:
-    return Tracking(name_of(REPOSITORY, GROUP, epoch), is_recording, is_usable)
+    return Tracking(name_of(OWNER, epoch), is_recording, is_usable)
 
 
 def test_after_a_published_epoch_its_own_bitmap_is_all_there_is_to_read() -> None:
-    rotation = rotate([tracking(7)], REPOSITORY, GROUP, 7, 8)
+    rotation = rotate([tracking(7)], OWNER, 7, 8)
     assert (rotation.add, rotation.changed, rotation.compare) == (
-        "flushpoint:0a1b:shop:8",
-        ("flushpoint:0a1b:shop:7",),
+        "flushpoint:0a1b:shop:db/vda:8",
+        ("flushpoint:0a1b:shop:db/vda:7",),
         "",
     )
     assert rotation.disable == rotation.changed
@@ -104,26 +104,28 @@ def test_after_a_published_epoch_its_own_bitmap_is_all_there_is_to_read() -> Non
 
 def test_after_aborted_epochs_all_their_bitmaps_are_read_together() -> None:
     found = [tracking(7, is_recording=False), tracking(8, is_recording=False), tracking(9)]
-    assert [epoch_of(REPOSITORY, GROUP, n) for n in rotate(found, REPOSITORY, GROUP, 7, 10).changed] == [7, 8, 9]
+    assert [epoch_of(OWNER, n) for n in rotate(found, OWNER, 7, 10).changed] == [7, 8, 9]
 
 
 def test_a_bitmap_that_did_not_record_all_the_time_is_not_believed_after_an_aborted_epoch_neither() -> None:
     """Bitmap 7 was stopped by somebody; the cut of 8 adds one that records, and 8 is aborted."""
-    stopped = rotate([tracking(7, is_recording=False)], REPOSITORY, GROUP, 7, 8)
-    assert (stopped.remove, stopped.changed) == ((name_of(REPOSITORY, GROUP, 7),), ())
-    assert rotate([tracking(8)], REPOSITORY, GROUP, 7, 9).compare == "no bitmap records what was written since point 7"
-    assert rotate([tracking(8)], REPOSITORY, GROUP, 8, 9).compare == "", "published, it begins anew"
+    stopped = rotate([tracking(7, is_recording=False)], OWNER, 7, 8)
+    assert (stopped.remove, stopped.changed) == ((name_of(OWNER, 7),), ())
+    assert rotate([tracking(8)], OWNER, 7, 9).compare == "no bitmap records what was written since point 7"
+    assert rotate([tracking(8)], OWNER, 8, 9).compare == "", "published, it begins anew"
 
 
 def test_bitmaps_of_others_mean_nothing() -> None:
     others = [
-        "flushpoint:ffff:shop:7",
-        "flushpoint:0a1b:other:7",
+        "flushpoint:ffff:shop:db/vda:7",
+        "flushpoint:0a1b:other:db/vda:7",
+        "flushpoint:0a1b:shop:web/vda:7",
+        "flushpoint:0a1b:shop:7",
         "backup-7",
-        "flushpoint:0a1b:shop:07",
-        "flushpoint:0a1b:shop:x",
+        "flushpoint:0a1b:shop:db/vda:07",
+        "flushpoint:0a1b:shop:db/vda:x",
     ]
-    rotation = rotate([Tracking(name, True, True) for name in others], REPOSITORY, GROUP, 7, 8)
+    rotation = rotate([Tracking(name, True, True) for name in others], OWNER, 7, 8)
     assert (rotation.disable, rotation.changed) == ((), ())
     assert rotation.compare == "no bitmap records what was written since point 7"
 
@@ -131,19 +133,34 @@ def test_bitmaps_of_others_mean_nothing() -> None:
 def test_after_a_compare_no_bitmap_is_left_that_an_older_point_or_a_newer_one_could_be_told_by() -> None:
     """7 is a point that the cut of 9 did not see, so that 9 builds on 6; somebody has stopped bitmap 7."""
     stopped = [tracking(7, is_recording=False), tracking(6, is_recording=False), tracking(5, is_recording=False)]
-    rotation = rotate(stopped, REPOSITORY, GROUP, 6, 9)
-    assert rotation.remove == tuple(name_of(REPOSITORY, GROUP, number) for number in (5, 6, 7))
-    assert rotate([tracking(7, is_recording=False)], REPOSITORY, GROUP, 0, 9).remove == (name_of(REPOSITORY, GROUP, 7),)
+    rotation = rotate(stopped, OWNER, 6, 9)
+    assert rotation.remove == tuple(name_of(OWNER, number) for number in (5, 6, 7))
+    assert rotate([tracking(7, is_recording=False)], OWNER, 0, 9).remove == (name_of(OWNER, 7),)
+
+
+def test_a_disk_that_has_changed_its_size_is_compared() -> None:
+    rotation = rotate([tracking(7)], OWNER, 7, 8, size_changed=True)
+    assert (rotation.since, rotation.compare) == (0, "the disk has changed its size")
+    assert rotation.remove == (name_of(OWNER, 7),)
+
+
+def test_what_tells_of_another_disk_goes_with_the_leftovers_and_all_with_a_disk_that_leaves() -> None:
+    """Of two disks that were exchanged, say: it would record for ever."""
+    exchanged = "flushpoint:0a1b:shop:web/vda:9"
+    kept = ["flushpoint:0a1b:mail:db/vda:3", "nightly"]
+    found = [tracking(10), tracking(7), *(Tracking(name, True, True) for name in (exchanged, *kept))]
+    assert leftovers(found, OWNER, 10) == (name_of(OWNER, 7), exchanged)
+    assert all_of(found, OWNER) == (name_of(OWNER, 7), exchanged, name_of(OWNER, 10))
 
 
 def test_leftovers_go_oldest_first() -> None:
     """Were 6 gone before 5, and then 7 not to be read, 5 and 7 would tell less than what was written since 5."""
     found = [tracking(7), tracking(6, is_recording=False), tracking(5, is_recording=False)]
-    assert leftovers(found, REPOSITORY, GROUP, 7) == tuple(name_of(REPOSITORY, GROUP, number) for number in (5, 6))
+    assert leftovers(found, OWNER, 7) == tuple(name_of(OWNER, number) for number in (5, 6))
 
 
 @given(st.text(max_size=40))
 def test_a_name_means_an_epoch_only_if_it_is_what_we_would_call_it(text: str) -> None:
-    for name in (text, f"flushpoint:{REPOSITORY}:{GROUP}:{text}"):
-        epoch = epoch_of(REPOSITORY, GROUP, name)
-        assert epoch is None or name == name_of(REPOSITORY, GROUP, epoch)
+    for name in (text, f"flushpoint:0a1b:shop:db/vda:{text}"):
+        epoch = epoch_of(OWNER, name)
+        assert epoch is None or name == name_of(OWNER, epoch)

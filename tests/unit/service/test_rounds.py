@@ -56,6 +56,8 @@ class World:
         self.holds: dict[int, str] = {}
         self.copied: dict[int, set[str]] = {}
         """By epoch, the disks whose roots were written."""
+        self.skew_s = 0.0
+        """Of the hosts' clocks."""
         self.control = self.coordinator()
         self.ledger.put_group(GroupRecord(name="shop", spec=SPEC))
 
@@ -180,13 +182,22 @@ class World:
             await barrier.frozen(epoch, vm)
         elif epoch.phase is Phase.CUTTING:
             views = tuple(DiskView(disk=disk, kind=ViewKind.STAGE) for disk in disks)
-            facts = CutFacts(cut_at=self.now, freeze_ms=1, filesystem_consistent=False, views=views)
+            facts = CutFacts(cut_at=self.now + self.skew_s, freeze_ms=1, filesystem_consistent=False, views=views)
             await barrier.cut(epoch, vm, facts)
         elif epoch.phase is Phase.TAKEN:
             copies = tuple(
                 DiskCopy(disk=d, path=f"/{vm}/{d}.qcow2", size=100, since=epoch.spec.parent(vm, d)) for d in disks
             )
             await barrier.readable(epoch, vm, ReadFacts(copies=copies))
+
+    def step(self) -> None:
+        self.now += 0.05
+        self.mover(lambda: False)
+        for one in MEMBERS:
+            self.agent(one.vm, lambda: False)
+
+    def prunes(self) -> list[str]:
+        return [job.id for job in self.ledger.jobs() if job.id.startswith("prune-")]
 
     # -- what must be so ---------------------------------------------------------------------------------------
 
@@ -581,3 +592,41 @@ def run_safely(control: ControlLoop) -> None:
         control.cycle()
     except (FlushpointError, UnavailableError):
         control._step_down()
+
+
+def test_a_prune_that_outlasts_rounds_holds_none_of_them_up(world: World) -> None:
+    with_policy(world, retention=Retention(last=2))
+    world.ask()
+    for _ in range(200):
+        world.cycle()
+        if world.prunes():
+            break
+        world.step()
+    held = None
+    for _ in range(20):
+        world.cycle()
+        held = held or world.ledger.claim("slow", secrets.token_hex(8), 10**9)
+    assert held is not None
+    assert held.job_id == world.group.prune_job
+    for number in (2, 3):
+        world.ask()
+        for _ in range(200):
+            if world.group.published == number and not world.group.round:
+                break
+            world.cycle()
+            world.step()
+        assert world.group.published == number
+        assert world.prunes() == [held.job_id]
+
+
+def test_the_age_of_a_point_is_told_by_our_clock_however_wrong_a_hosts_is(world: World) -> None:
+    world.skew_s = 600.0
+    world.ask()
+    world.settle()
+    with_policy(world, rpo=5.0)
+    assert world.decisions[1].cut_at > world.now + 300, "its label tells what its hosts said"
+    assert world.group.published_cut_at <= world.now
+    world.now += 6
+    world.cycle()
+    world.cycle()
+    assert world.group.round is not None
