@@ -6,11 +6,14 @@ where a user's module of the same name would shadow ours.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
+import time
 
 import structlog
+from celery.platforms import EX_FAILURE
 
 from coordinator.broker import queue_of
 from coordinator.ledger import RedisLedger
@@ -22,6 +25,8 @@ from workers.app import hold_little_memory, make_worker_app, worker_name
 
 ALIVE_EVERY_S = 2.0
 ALIVE_TTL_MS = 8000
+SOUND_S = 5.0
+"""One that breaks sooner would do so again: who started it has to know."""
 
 log = structlog.get_logger()
 
@@ -80,10 +85,16 @@ def main() -> int:
         optimization="fair",
     )
     presence.start()
+    begun = time.monotonic()
     try:
         worker.start()
     finally:
         presence.stop()
+    if worker.exitcode == EX_FAILURE and time.monotonic() - begun > SOUND_S:
+        # Its broker's client may break for good when a server dies in the middle of an acknowledgement (kombu 5.6:
+        # "Unrecoverable error", of a connection that it has closed itself). A new one finds what there is to do.
+        log.error("the worker broke, and is started anew")
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "workers"])
     return int(worker.exitcode or 0)
 
 

@@ -19,9 +19,17 @@ from coordinator.model.bitmap import PREFIX
 from coordinator.model.errors import FlushpointError, NotFoundError, UsageError
 from workers.access import Access
 from workers.agent.guest import OURS, GuestDisk, look_at
+from workers.agent.image_bitmaps import (
+    FILL,
+    Bitmaps,
+    DirtyBitmap,
+    ImageBitmaps,
+    allocated_above,
+    refuse_ours,
+    scratch_of,
+)
 from workers.agent.monitor import Monitor
 from workers.agent.views import add_image, delete_node, lend
-from workers.qemu.bitmaps import FILL, Bitmaps, DirtyBitmap, ImageBitmaps, allocated_above, refuse_ours, scratch_of
 from workers.qemu.image import inspect
 
 _NODE = f"{OURS}fill"
