@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-PREFIX = "flushpoint"
+from coordinator.model.point import TRACKING
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Owner:
 
 
 def name_of(owner: Owner, epoch: int) -> str:
-    return f"{PREFIX}:{owner.repository}:{owner.group}:{owner.disk}:{epoch}"
+    return f"{TRACKING}{owner.repository}:{owner.group}:{owner.disk}:{epoch}"
 
 
 def epoch_of(owner: Owner, name: str) -> int | None:
@@ -98,7 +98,7 @@ def rotate(bitmaps: Iterable[Tracking], owner: Owner, parent: int, epoch: int, s
 
 def all_of(bitmaps: Iterable[Tracking], owner: Owner) -> tuple[str, ...]:
     """All of the group's on a disk that it has no more, whichever disk they tell of; the oldest first."""
-    prefix = f"{PREFIX}:{owner.repository}:{owner.group}:"
+    prefix = f"{TRACKING}{owner.repository}:{owner.group}:"
     ours = [b.name for b in bitmaps if b.name.startswith(prefix)]
     return tuple(sorted(ours, key=lambda name: (name.rpartition(":")[2].zfill(20), name)))
 

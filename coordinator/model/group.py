@@ -201,6 +201,7 @@ class Round(BaseModel):
     requests: tuple[str, ...] = ()
     """The checkpoints that it was begun for."""
     leaving: tuple[Participant, ...] = ()
+    """Disks that the group has no more, whose bitmaps go with the point that comes of it."""
     stage: Stage = Stage.OPENING
     number: int = 0
     """Of its epoch; 0 while none is announced."""
@@ -209,6 +210,7 @@ class Round(BaseModel):
     parents: dict[str, int] = Field(default_factory=dict)
     """By VM/DISK, the point it builds on."""
     pins: tuple[int, ...] = ()
+    """All of those points."""
     sizes: dict[str, int] = Field(default_factory=dict)
     """By VM/DISK, in bytes, of the point it builds on."""
     why: str = ""

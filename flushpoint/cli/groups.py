@@ -45,19 +45,20 @@ def apply(
     if not file:
         raise UsageError("no file was named", "give one with -f")
     wanted = list(_read(file))
-    told = []
+    told: list[tuple[str, dict[str, list[Any]] | None]] = []
     with session.connect() as client:
         for one in wanted:
             name = one.metadata.name
             changes = _changes(_known(client, name), one.spec)
             if not dry_run and changes != {}:
                 client.apply_group(name, one.spec)
-            told.append({"group": name, "changes": changes})
+            told.append((name, changes))
     if as_json:
-        output.write_json({"dry_run": dry_run, "groups": told})
+        entries = [{"group": name, "changes": changes} for name, changes in told]
+        output.write_json({"dry_run": dry_run, "groups": entries})
         return
-    for entry in told:
-        print(_told(str(entry["group"]), entry["changes"], dry_run))  # type: ignore[arg-type]
+    for name, changes in told:
+        print(_told(name, changes, dry_run))
 
 
 def groups(as_json: output.JsonOption = False) -> None:

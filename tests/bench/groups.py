@@ -182,7 +182,7 @@ def continuous(kit: GuestKit, scale: Scale, directory: Path, count: int) -> dict
 def latencies(guests: Sequence[LiveGuest], seconds: float) -> list[float]:
     """Means of 64 writes each, in the time that follows."""
     before = [len(_LATENCY.findall(guest.guest.console())) for guest in guests]
-    time.sleep(seconds)
+    time.sleep(seconds)  # what is measured goes on for as long
     return [
         float(one)
         for guest, seen in zip(guests, before, strict=True)

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from coordinator.model.bitmap import PREFIX
 from coordinator.model.errors import FlushpointError, NotFoundError, UsageError
 from workers.access import Access
 from workers.agent.guest import OURS, GuestDisk, look_at
@@ -95,7 +94,7 @@ class GuestBitmaps:
 async def act(action: str, disk: str, name: str, granularity: int, base: str) -> list[DirtyBitmap]:
     """What the disk has afterwards."""
     if action in ("enable", "fill", "disable"):
-        refuse_ours(name, f"{PREFIX}:")
+        refuse_ours(name)
     if not disk.startswith("qemu+unix:"):
         return await _act(ImageBitmaps(disk), action, name, granularity, base)
     device, path = _guest_of(disk)

@@ -23,6 +23,7 @@ from typing import Protocol
 from coordinator.model.errors import NotFoundError, RefusedError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.job import Sync
+from coordinator.model.point import TRACKING
 from workers.access import Access
 from workers.nbd.session import DEFAULT_LIMITS
 from workers.qemu.image import Image, inspect, qemu_img, refusal
@@ -139,11 +140,11 @@ def _qemu_io(path: Path, commands: Sequence[str]) -> None:
     done = subprocess.run(
         command, input="\n".join(commands), capture_output=True, text=True, timeout=_WRITE_S, check=False
     )
-    if done.returncode != 0 or "rror" in done.stdout:
+    if done.returncode != 0 or "error" in done.stdout.lower():  # of commands it reads it ignores what became of them
         raise refusal(done.stderr or done.stdout, command)
 
 
-def refuse_ours(name: str, prefix: str) -> None:
-    """RefusedError for a bitmap by which recovery points are made: what it says must be nobody's else."""
-    if name.startswith(prefix):
+def refuse_ours(name: str) -> None:
+    """RefusedError for a bitmap by which recovery points are made: what it says is nobody else's to change."""
+    if name.startswith(TRACKING):
         raise RefusedError(f"{name} is one of Flushpoint's own bitmaps", "name one of yours; remove is all that may be")

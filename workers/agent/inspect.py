@@ -13,9 +13,9 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from coordinator.model.bitmap import PREFIX
 from coordinator.model.errors import FlushpointError, RefusedError
 from coordinator.model.finding import Finding
+from coordinator.model.point import TRACKING
 from workers.agent.guest import Guest, GuestDisk, look_at
 from workers.agent.guest_agent import GuestAgent
 from workers.agent.monitor import Monitor
@@ -83,7 +83,7 @@ def _served_by(disk: GuestDisk) -> str:
 
 
 def _bitmaps(title: str, disk: GuestDisk) -> Finding:
-    ours = [bitmap for bitmap in disk.bitmaps if bitmap.name.startswith(f"{PREFIX}:")]
+    ours = [bitmap for bitmap in disk.bitmaps if bitmap.name.startswith(TRACKING)]
     lost = [bitmap.name for bitmap in ours if bitmap.is_inconsistent]
     told = f"{len(ours)} of ours, {len(disk.bitmaps) - len(ours)} of others"
     if lost:

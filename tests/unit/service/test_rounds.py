@@ -343,14 +343,19 @@ def test_a_job_that_its_user_cancels_ends_all_of_it(world: World) -> None:
     world.check()
 
 
+def dies_when_done() -> Callable[[], bool]:
+    """Of a mover that does what its unit asks for, and is dead before it can say so."""
+    fates = iter([False, True])
+    return lambda: next(fates, False)
+
+
 def test_a_manifest_whose_job_was_lost_is_found(world: World) -> None:
     """The mover that wrote it dies with its last attempt, and the round is told that it failed."""
     request = world.ask()
     while not world.decisions:
         world.cycle()
         publishing = world.group.round is not None and world.group.round.stage is Stage.PUBLISHING
-        deaths = iter([False, True])
-        world.mover((lambda deaths=deaths: next(deaths, False)) if publishing else lambda: False)  # type: ignore[misc]
+        world.mover(dies_when_done() if publishing else lambda: False)
         for one in MEMBERS:
             world.agent(one.vm, lambda: False)
     (publish,) = [job for job in world.ledger.jobs() if job.id.endswith("-publish")]
