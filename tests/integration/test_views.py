@@ -21,6 +21,7 @@ from flushpoint.cli import main
 from tests.guest import GuestKit
 from tests.live_guest import LiveDisk, LiveGuest, running_guest
 from workers.access import Access
+from workers.agent import stage as stage_module
 from workers.agent.cut import Part, Vm
 from workers.agent.guard import Guard, GuardLink
 from workers.agent.guest import OURS, look_at
@@ -186,21 +187,25 @@ def test_a_disk_that_cannot_be_staged_leaves_no_view_of_any(
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("step", ["add_image", "_what", "_finish"])
 def test_a_staging_that_is_cancelled_leaves_nothing_in_the_guest(
-    guest: LiveGuest, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: LiveGuest, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """As when its epoch is aborted meanwhile."""
+    """As when its epoch is aborted meanwhile, be it before the answer to a command that was carried out."""
 
     async def check() -> None:
         copying = asyncio.Event()
+        begun = getattr(stage_module, step)
 
-        async def endless(vm: Vm, job: str) -> None:
+        async def endless(*words: object) -> None:
+            if step != "_finish":
+                await begun(*words)
             copying.set()
             await asyncio.Event().wait()
 
-        monkeypatch.setattr("workers.agent.stage._finish", endless)
+        monkeypatch.setattr(stage_module, step, endless)
         async with monitored(guest, tmpfs_path) as vm:
-            parts, _ = await cut(vm, guest, tmpfs_path, "cancelled", 0, 1)
+            parts, _ = await cut(vm, guest, tmpfs_path, f"cancelled{step}", 0, 1)
             staging = asyncio.create_task(stage_all(vm, parts, tmpfs_path / "staged"))
             await copying.wait()
             staging.cancel()

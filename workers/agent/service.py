@@ -109,7 +109,7 @@ class Agent:
             task.add_done_callback(lambda _: self._at_work.pop(name, None))
         elif news.standing.phase in OVER:
             for staging in self._staging.pop(name, ()):
-                staging.cancel()  # nobody will read it, and the guest pays for its view
+                _cancel(staging)  # nobody will read it, and the guest pays for its view
             after = self._at_work.get(name)
             task = asyncio.create_task(self._tidy(*name, news.standing.phase, after))
             self._at_work[news.group, -news.number] = task
@@ -203,8 +203,8 @@ class Agent:
                 raise
             raise AbortedError(f"epoch {epoch.name} was aborted while it was staged") from None
         finally:
-            for one in (staging, watching):
-                one.cancel()
+            _cancel(staging)
+            watching.cancel()
             await asyncio.gather(staging, watching, return_exceptions=True)
 
     async def _offered(self, epoch: Epoch, vm: str, copy: DiskCopy) -> DiskCopy:
@@ -277,6 +277,12 @@ class Agent:
                 forget(view)
             except FlushpointError as error:  # other guests' epochs are not to wait for this one
                 log.warning("cannot take a view away", monitor=str(path), disk=view.disk.device, error=str(error))
+
+
+def _cancel(task: asyncio.Task[tuple[DiskCopy, ...]]) -> None:
+    """Once: cancelled again while it takes away what it has made, it would leave that in the guest."""
+    if not task.cancelling():
+        task.cancel()
 
 
 async def stage_all(vm: Vm, parts: Sequence[Part], place: Path) -> tuple[DiskCopy, ...]:

@@ -38,26 +38,23 @@ class Staged:
 async def stage(vm: Vm, view: View, changed: Sequence[str], timeout_s: float) -> Staged:
     """Copy what the bitmaps `changed` (of the view's disk, disabled) say together, or everything if there are none.
     UnavailableError if the scratch image, the staged one or QEMU fails, or time is up: nothing is left then."""
-    monitor, image, node, job = vm.monitor, _image_of(view), _name_of(view), _name_of(view)
-    await make_image(monitor, image, view.disk.size)
+    monitor, image, name = vm.monitor, _image_of(view), _name_of(view)
     try:
-        await add_image(monitor, node, image)
+        await make_image(monitor, image, view.disk.size)
         try:
-            arguments = {"job-id": job, "device": view.access, "target": node, **await _what(monitor, view, changed)}
+            await add_image(monitor, name, image)
+            arguments = {"job-id": name, "device": view.access, "target": name, **await _what(monitor, view, changed)}
             ends = {"auto-finalize": False, "auto-dismiss": False}
             errors = {"on-source-error": "report", "on-target-error": "report"}
             await monitor.execute("blockdev-backup", {**arguments, **ends, **errors})
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await _finish(vm, job)
-            except TimeoutError as error:
-                raise UnavailableError(
-                    f"{view.disk.device} was not staged within {timeout_s:g} s", "look at the scratch directory's disk"
-                ) from error
-            finally:
-                await _dismiss(vm, view, job)
+            async with asyncio.timeout(timeout_s):
+                await _finish(vm, name)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"{view.disk.device} was not staged within {timeout_s:g} s", "look at the scratch directory's disk"
+            ) from error
         finally:
-            await delete_node(monitor, node)
+            await _release(vm, view)
     except BaseException:
         image.unlink(missing_ok=True)
         raise
@@ -66,11 +63,18 @@ async def stage(vm: Vm, view: View, changed: Sequence[str], timeout_s: float) ->
 
 async def clear(vm: Vm, view: View) -> None:
     """What an agent that was killed while it staged has left of that."""
-    await _dismiss(vm, view, _name_of(view))
-    nodes = await vm.monitor.execute("query-named-block-nodes", {"flat": True})
-    if any(node["node-name"] == _name_of(view) for node in nodes):
-        await delete_node(vm.monitor, _name_of(view))
+    await _release(vm, view)
     _image_of(view).unlink(missing_ok=True)
+
+
+async def _release(vm: Vm, view: View) -> None:
+    """The guest has nothing to do with the image any more. It is looked at what there is: a command whose answer nobody
+    waited for was carried out before what is asked now."""
+    name = _name_of(view)
+    await _dismiss(vm, view, name)
+    nodes = await vm.monitor.execute("query-named-block-nodes", {"flat": True})
+    if any(node["node-name"] == name for node in nodes):
+        await delete_node(vm.monitor, name)
 
 
 def _name_of(view: View) -> str:

@@ -222,7 +222,12 @@ async def make_image(monitor: Monitor, path: Path, size: int) -> None:
     made = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
     )
-    _, said = await made.communicate()
+    try:
+        _, said = await made.communicate()
+    except BaseException:  # or it would make the image when nobody expects it any more
+        made.kill()
+        await made.wait()
+        raise
     if made.returncode != 0:
         raise UnavailableError(
             f"no scratch image can be made at {path}: {said.decode(errors='replace').strip()}",
