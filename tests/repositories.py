@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status, merge_adjacent
-from coordinator.model.point import Decision, Member
+from coordinator.model.point import Decision, Member, SeedMember
 from coordinator.model.repository_uri import RepositoryUri, parse_repository
 from coordinator.model.units import plan_units
 from workers.access import Access
@@ -95,7 +95,7 @@ def write_disk(
 ) -> Written:
     """The packs of the disk that `epoch` names; `pool` is shut down."""
     member = epoch.parent_member
-    known = repository.disk(epoch.parent, epoch.disk) if epoch.parent else None
+    known = repository.disk_of(member) if member else None
     base = None if kind == "full" else known
     origin = Origin(epoch.group, epoch.number)
     archive = Archive(repository, origin, epoch.disk, size, base, known, index=index or NoIndex())
@@ -119,7 +119,11 @@ def publish_epoch(repository: Repository, written: Written, cut_at: float | None
 
 
 def publish_members(
-    repository: Repository, epoch: Epoch, members: tuple[Member, ...], cut_at: float | None = None
+    repository: Repository,
+    epoch: Epoch,
+    members: tuple[Member, ...],
+    cut_at: float | None = None,
+    seeding: tuple[SeedMember, ...] = (),
 ) -> Decision:
     now = time.time()
     decision = Decision(
@@ -131,6 +135,7 @@ def publish_members(
         cut_at=now if cut_at is None else cut_at,
         decided_at=now,
         members=members,
+        seeding=seeding,
     )
     return publish(repository, epoch, decision)
 

@@ -34,6 +34,14 @@ class Member(BaseModel):
     also of those that needed no storing."""
 
 
+class SeedMember(Member):
+    """A disk of which a group has copied no more than the beginning: it is no part of the point, and what the next one
+    builds on."""
+
+    seeded: int = Field(gt=0)
+    """The first bytes, as they were at the cut. What follows reads as zeroes, or as it was when it was written last."""
+
+
 class MachineCut(BaseModel):
     """How one virtual machine of a point was cut: what the point's label is made of."""
 
@@ -72,6 +80,12 @@ class PointMember(BaseModel):
     bytes_sent: int = 0
 
 
+class PointSeed(PointMember):
+    """A disk that is no part of the point yet; see SeedMember."""
+
+    seeded: int
+
+
 class PointRecord(BaseModel):
     """A recovery point as the ledger remembers it, and as the API tells it. Its manifest has the last word."""
 
@@ -86,6 +100,8 @@ class PointRecord(BaseModel):
     members: tuple[PointMember, ...] = ()
     machines: tuple[MachineCut, ...] = ()
     """Of a group of live guests."""
+    seeding: tuple[PointSeed, ...] = ()
+    """Without members beside them it is no point that could be restored, but a step on the way to the first."""
 
     def member(self, disk: str) -> PointMember | None:
         return next((m for m in self.members if m.disk == disk), None)
@@ -118,6 +134,8 @@ class Decision(BaseModel):
     decided_at: float = 0.0
     consistency: Literal["", "crash", "filesystem"] = ""
     members: tuple[Member, ...] = ()
+    seeding: tuple[SeedMember, ...] = Field(default=(), exclude_if=lambda seeding: seeding == ())
+    """Disks that it has a part of. Without members a manifest is no recovery point, but what one will be made from."""
     machines: tuple[MachineCut, ...] = Field(default=(), exclude_if=lambda machines: machines == ())
     """Of a group of live guests; not in the record, and so not in its seal, of any other."""
     spec: dict[str, Any] = Field(default_factory=dict)
@@ -129,10 +147,20 @@ class Decision(BaseModel):
 
     @property
     def is_point(self) -> bool:
+        """Or at least a step on the way to one."""
         return self.decision == "manifest"
+
+    @property
+    def roots(self) -> tuple[Member, ...]:
+        """All that it leads to, and keeps."""
+        return (*self.members, *self.seeding)
 
     def member(self, disk: str) -> Member | None:
         return next((m for m in self.members if m.disk == disk), None)
+
+    def base(self, disk: str) -> Member | None:
+        """What the next copy of a disk builds on: all of the disk, or what was seeded so far."""
+        return next((m for m in self.roots if m.disk == disk), None)
 
     def record(self) -> PointRecord:
         """What the ledger remembers of it."""
@@ -145,6 +173,7 @@ class Decision(BaseModel):
             job=self.job,
             members=tuple(PointMember.model_validate(member.model_dump()) for member in self.members),
             machines=self.machines,
+            seeding=tuple(PointSeed.model_validate(member.model_dump()) for member in self.seeding),
         )
 
 
@@ -164,16 +193,19 @@ class Retention(BaseModel):
         return not (self.last or self.hourly or self.daily or self.weekly or self.monthly)
 
 
-def kept(points: Iterable[tuple[int, float]], retention: Retention, held: Iterable[int] = ()) -> dict[int, str]:
-    """Which of the (epoch, cut time) to keep, each with the reasons; the newest and the held ones always.
+def kept(
+    points: Iterable[tuple[int, float]], retention: Retention, held: Iterable[int] = (), newest: Iterable[int] = ()
+) -> dict[int, str]:
+    """Which of the (epoch, cut time) to keep, each with the reasons; the held ones always, the last one, and those that
+    are the `newest` of some disk.
 
     Of the points of one hour (day, week, month; UTC, weeks as of ISO 8601) the newest counts for it.
     """
     newest_first = sorted(points, reverse=True)
-    held = set(held)
+    held, newest = set(held), set(newest)
     reasons: dict[int, list[str]] = {}
     for place, (epoch, _) in enumerate(newest_first):
-        if place == 0:
+        if place == 0 or epoch in newest:
             reasons.setdefault(epoch, []).append("newest")
         if epoch in held:
             reasons.setdefault(epoch, []).append("held")

@@ -75,6 +75,9 @@ class EpochPart(BaseModel):
     reason: str = ""
     """Why it holds all of the disk, or which bitmaps told what was written."""
     cut_at: float
+    seeded: int = Field(default=0, ge=0)
+    """The source holds nothing beyond this byte that could be relied on; 0: it holds all of the disk, or all that was
+    written."""
 
 
 class OpenEpoch(BaseModel):
@@ -105,6 +108,8 @@ class OpenedEpoch(BaseModel):
     pins: tuple[int, ...]
     sizes: dict[str, int] = Field(default_factory=dict)
     """In bytes, of each disk in the point it builds on."""
+    seeded: dict[str, int] = Field(default_factory=dict)
+    """How many bytes there are so far of each disk that is being seeded."""
 
 
 class PublishEpoch(BaseModel):
@@ -137,6 +142,20 @@ class DecidedEpoch(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     is_point: bool
+    cut_at: float = 0.0
+    disks: tuple[str, ...] = ()
+    """VM/DISK of those that are in the point."""
+    seeding: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Of those that are not yet, (how many bytes there are, and how many they have)."""
+
+    @classmethod
+    def by(cls, decision: Decision) -> Self:
+        return cls(
+            is_point=decision.is_point,
+            cut_at=decision.cut_at,
+            disks=tuple(member.disk for member in decision.members),
+            seeding={member.disk: (member.seeded, member.size) for member in decision.seeding},
+        )
 
 
 def _family(task: Any) -> str:

@@ -24,7 +24,7 @@ from coordinator.ledger.contract import Ledger
 from coordinator.model.errors import DiskIOError, FlushpointError, Next, NotFoundError, RefusedError, Side
 from coordinator.model.extent import Extent, Status, unpack_extents
 from coordinator.model.job import JobRecord, State, Sync
-from coordinator.model.point import Decision, tracking_bitmap
+from coordinator.model.point import Decision, SeedMember, tracking_bitmap
 from coordinator.model.repository_uri import RepositoryUri
 from coordinator.model.task import EpochPart
 from coordinator.model.units import Claim
@@ -166,7 +166,10 @@ class Backups:
             root = write_disk_root(repository, epoch, self._base_root(repository, job), job.disk_size, maps)
             facts: dict[str, object] = {"pass_root": str(root)}
             if job.spec.part is not None:
-                facts["result"] = epoch.member_of(root, job.disk_size).model_copy(update=_told(job)).model_dump_json()
+                member = epoch.member_of(root, job.disk_size).model_copy(update=_told(job))
+                if seeded := job.spec.part.seeded:
+                    member = SeedMember(**member.model_dump(), seeded=seeded)
+                facts["result"] = member.model_dump_json()
             elif job.source_may_change:
                 facts["cut_at"] = time.time()
             return facts
@@ -229,7 +232,8 @@ class Backups:
             if self._archive is None:
                 epoch = self._epoch(repository, job)
                 _check_parent(job, epoch)
-                parent = repository.disk(epoch.parent, job.disk) if epoch.parent else None
+                member = epoch.parent_member
+                parent = repository.disk_of(member) if member else None
                 base = self._base_disk(repository, job, parent)
                 self._archive = Archive(
                     repository,
@@ -373,6 +377,8 @@ def _without_lost_parent(repository: Repository, epoch: Epoch, sync: Sync) -> tu
     member = epoch.parent_member
     if member is None:
         return epoch, ""
+    if isinstance(member, SeedMember):
+        return replace(epoch, parent=None), "a group has begun to copy this disk, so all of it was stored"
     try:
         load = repository.whole_root if sync is Sync.DIRTY else repository.root
         load(member)

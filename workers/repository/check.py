@@ -151,10 +151,10 @@ class _Check:
                 yield Damage(message, key, harmed)
 
     def _look_at_point(self, point: Decision, disks: Prefetcher, findings: _Findings) -> None:
-        fresh = [m for m in point.members if (m.disk, root_ref(m)) not in self._disks]
+        fresh = [m for m in point.roots if (m.disk, root_ref(m)) not in self._disks]
         for _, looking in disks.each(self._look_at_disk, fresh):
             looking.result()
-        for member in point.members:
+        for member in point.roots:
             findings.include(self._look_at_disk(member))
 
     def _look_at_disk(self, member: Member) -> _Findings:

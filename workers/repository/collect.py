@@ -167,10 +167,18 @@ def _retain(
     repository: Repository, group: Group, retention: Retention, report: Pruned, *, forget_damaged: bool, dry_run: bool
 ) -> None:
     points: list[tuple[int, float]] = []
+    seeds: list[int] = []
     damaged: list[int] = []
+    newest: dict[str, int] = {}
+    last: Decision | None = None
     for found in repository.decisions.points_or_damage(group):
         if isinstance(found, Decision):
-            points.append((found.epoch, found.cut_at))
+            last = found
+            newest |= {member.disk: found.epoch for member in found.members}
+            if found.members:
+                points.append((found.epoch, found.cut_at))
+            else:
+                seeds.append(found.epoch)
         elif forget_damaged:
             damaged.append(found.epoch)
         else:
@@ -182,9 +190,12 @@ def _retain(
             f"somebody reads {group.name}@{min(in_use)} or builds on it, though its decision is damaged now",
             "wait until that has ended",
         )
-    keep = kept(points, retention, held)
+    # A disk that is seeded anew is in no point since: whatever was asked for, the last one that has it stays.
+    needed = {newest[disk.disk] for disk in last.roots if disk.disk in newest} if last is not None else set()
+    keep = kept(points, retention, held, needed)
+    keep |= {epoch: "seed" for epoch in seeds if epoch in held or (last is not None and epoch == last.epoch)}
     report.kept[group.name] = keep
-    report.removed[group.name] = [epoch for epoch, _ in points if epoch not in keep]
+    report.removed[group.name] = sorted({*seeds, *(epoch for epoch, _ in points)} - keep.keys())
     report.forgotten[group.name] = damaged
     present = group.present()
     if dry_run or len(keep) == len(present):

@@ -183,9 +183,10 @@ class Decisions:
         return self._prefetcher.each(lambda epoch: self.decision(name, epoch), epochs)
 
     def point(self, name: str, epoch: int) -> Decision:
-        """One recovery point, the newest for LATEST; NotFoundError names those there are."""
+        """One recovery point, for LATEST the newest that has a whole disk; NotFoundError names those there are."""
         look = partial(self.group, name) if epoch == LATEST else partial(self.about, name, epoch)
-        found = next(_undamaged(self._points(look(), _newest_first, look)), None)
+        there_are = _undamaged(self._points(look(), _newest_first, look))
+        found = next((point for point in there_are if epoch != LATEST or point.members), None)
         if found is not None:
             return found
         there = ", ".join(str(e) for e in self.group(name).present()[-10:]) or "none"

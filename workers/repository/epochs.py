@@ -31,8 +31,8 @@ PARENTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """An open epoch of one group, as one of its disks sees it; `parent` is the newest point that holds the disk and can
-    be read, if there is one."""
+    """An open epoch of one group, as one of its disks sees it; `parent` is the newest point that holds the disk, or
+    what was seeded of it, and can be read, if there is one."""
 
     group: str
     number: int
@@ -58,7 +58,7 @@ class Epoch:
 
     @property
     def parent_member(self) -> Member | None:
-        return self.parent.member(self.disk) if self.parent else None
+        return self.parent.base(self.disk) if self.parent else None
 
     def member_of(self, ref: RootRef, size: int) -> Member:
         """The epoch's disk, of `size` bytes, by its root."""
@@ -164,7 +164,7 @@ def _taken_up(repository: Repository, seen: Group, hold: Hold, disks: Sequence[s
     held = [repository.decisions.decision(hold.group, point) for point in sorted(hold.points)]
     epochs = []
     for disk in disks:
-        having = [point for point in held if point is not None and point.member(disk) is not None]
+        having = [point for point in held if point is not None and point.base(disk) is not None]
         epochs.append(Epoch(hold.group, hold.epoch, disk, owner, having[-1] if having else None, hold.points))
     _, damaged = _newest_with(repository, seen, disks)
     return _missing(epochs, damaged, now)
@@ -248,7 +248,7 @@ def _newest_with(
                 continue
             if isinstance(found, DamagedDecisionError):
                 damaged[disk] = max(damaged[disk], found.epoch)
-            elif found.member(disk) is not None:
+            elif found.base(disk) is not None:
                 parents[disk] = found
         if len(parents) == len(damaged):
             break

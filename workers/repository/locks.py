@@ -76,7 +76,7 @@ def _wanted(repository: Repository, groups: dict[str, Group]) -> Iterator[str]:
                 decision = reading.result()
             except DamageError:
                 continue
-            for member in decision.members if decision is not None else ():
+            for member in decision.roots if decision is not None else ():
                 for key in _reached(repository, member, pages, moved):
                     if key not in seen:
                         seen.add(key)

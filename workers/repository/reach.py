@@ -41,7 +41,7 @@ def each_root(repository: Repository, points: Iterator[Decision]) -> Iterator[tu
     def members() -> Iterator[tuple[Decision, Member]]:
         seen: set[str] = set()
         for point in points:
-            for member in point.members:
+            for member in point.roots:
                 if member.root not in seen:
                     seen.add(member.root)
                     yield point, member

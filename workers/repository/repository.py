@@ -137,11 +137,15 @@ class Repository:
             name = point.members[0].disk
         member = point.member(name)
         if member is None:
-            there = ", ".join(m.disk for m in point.members)
+            there = ", ".join(m.disk for m in point.members) or "none, being a step on the way to the first point"
             raise NotFoundError(
                 f"point {point.epoch} of group {point.group!r} has no disk {name!r}; it has: {there}",
                 "name one of these with --disk",
             )
+        return self.disk_of(member, span_bytes)
+
+    def disk_of(self, member: Member, span_bytes: int = SPAN_BYTES) -> PointDisk:
+        """One disk of a point, or what was seeded of it."""
         return PointDisk(member.disk, self.root(member), self.fetcher, span_bytes)
 
 

@@ -12,8 +12,18 @@ import pytest
 
 from coordinator.model.errors import NotFoundError, RefusedError
 from coordinator.model.extent import BLOCK_BYTES
-from coordinator.model.point import Retention
-from tests.repositories import BytesSource, backup, make_repository, publish_epoch, read_point, write_epoch
+from coordinator.model.point import Decision, Retention, SeedMember
+from coordinator.model.repository_uri import LATEST
+from tests.repositories import (
+    BytesSource,
+    backup,
+    make_repository,
+    publish_epoch,
+    publish_members,
+    read_point,
+    write_epoch,
+    write_member,
+)
 from workers.repository import collect, decisions
 from workers.repository.check import check
 from workers.repository.collect import forbidden_packs, prune, sentences_of
@@ -239,3 +249,43 @@ def test_a_footer_that_is_silent_about_a_run_does_not_cost_it(
     for _ in range(3):
         prune(repository, None, LAST)
     assert read_point(repository, "g") == kept
+
+
+def seed(repository: Repository, group: str, data: bytes, seeded: int) -> Decision:
+    """A step on the way to a point: the first bytes of a disk."""
+    written = write_epoch(repository, group, BytesSource(data[:seeded] + bytes(len(data) - seeded)), "full")
+    part = SeedMember(**write_member(repository, written).model_dump(), seeded=seeded)
+    return publish_members(repository, written.epoch, (), seeding=(part,))
+
+
+def test_what_was_seeded_is_kept_for_the_next_step_and_is_no_point(repository: Repository) -> None:
+    data = content(1)
+    first = seed(repository, "g", data, 8 * BLOCK_BYTES)
+    second = seed(repository, "g", data, 16 * BLOCK_BYTES)
+    assert second.base("disk") is not None
+    assert second.seeding[0].parent == first.epoch
+    assert prune(repository, None, LAST).removed["g"] == [first.epoch]
+    for _ in range(2):
+        prune(repository, None, LAST)
+    assert check(repository, data=True).damage == []
+    with pytest.raises(NotFoundError, match="has no recovery point"):
+        repository.decisions.point("g", LATEST)
+    with pytest.raises(NotFoundError, match="has no disk 'disk'"):
+        repository.disk(repository.decisions.point("g", second.epoch), "disk")
+    written = write_epoch(repository, "g", BytesSource(data), "full")
+    assert written.sent == 4 * BLOCK_BYTES, "of what was seeded nothing is sent again"
+    whole = publish_epoch(repository, written)
+    assert prune(repository, None, LAST).removed["g"] == [second.epoch]
+    assert repository.decisions.point("g", LATEST).epoch == whole.epoch
+    assert read_point(repository, "g") == data
+
+
+def test_the_last_point_of_a_disk_that_is_seeded_anew_stays(repository: Repository) -> None:
+    whole = backup(repository, "g", content(1))
+    backup(repository, "g", content(2))
+    lost = seed(repository, "g", content(3), 4 * BLOCK_BYTES)
+    report = prune(repository, None, LAST)
+    assert report.removed["g"] == [whole.epoch]
+    assert set(report.kept["g"]) == {whole.epoch + 1, lost.epoch}
+    assert repository.decisions.point("g", LATEST).epoch == whole.epoch + 1
+    assert read_point(repository, "g") == content(2)
