@@ -4,6 +4,7 @@
  *     writer wander DISK...            the same, but slowly, and at no place twice before it was at all of them: what is
  *                                      lost between two cuts is not written once more before anybody looks; tells how
  *                                      long writes took
+ *     writer stroll DISK...            the same, ten times as slowly
  *     writer lead PORT DISK            writes 1, tells the other guest, waits for its answer, writes 2 ...
  *     writer follow PORT DISK          writes what it is told, and answers
  *
@@ -123,6 +124,8 @@ static uint64_t now_us(void)
     return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
 }
 
+static unsigned pause_us = 2000;
+
 static void wander(const char *path, uint64_t disk)
 {
     enum { STRIDE = 65536, PRIME = 7919, TOLD = 64 };
@@ -134,7 +137,7 @@ static void wander(const char *path, uint64_t disk)
         begun = now_us();
         write_block(fd, block, disk << 48 | number, number * PRIME % places * STRIDE);
         took += now_us() - begun;
-        usleep(2000);
+        usleep(pause_us);
         if (number % 8 == 0 && fdatasync(fd))
             die("sync");
         if (number % TOLD == 0) {
@@ -153,7 +156,8 @@ int main(int count, char **words)
 
     if (count == 4 && (!strcmp(words[1], "lead") || !strcmp(words[1], "follow")))
         take_turns(words[1][0] == 'l', words[2], words[3]);
-    if (count > 2 && !strcmp(words[1], "wander")) {
+    if (count > 2 && (!strcmp(words[1], "wander") || !strcmp(words[1], "stroll"))) {
+        pause_us *= words[1][0] == 's' ? 10 : 1;
         work = wander;
         first = 2;
     }

@@ -93,9 +93,12 @@ def running_guest(kit: GuestKit, directory: Path, disks: Sequence[LiveDisk]) -> 
 
 
 @contextmanager
-def wandering_guest(kit: GuestKit, directory: Path, disks: Sequence[LiveDisk]) -> Iterator[LiveGuest]:
-    """The same, but it writes a little at a time, at no place of a disk twice before it was at all of them."""
-    with _running(kit, directory, disks, f"wander {' '.join(_in_guest(disks))}", "", []) as guest:
+def wandering_guest(
+    kit: GuestKit, directory: Path, disks: Sequence[LiveDisk], pace: str = "wander"
+) -> Iterator[LiveGuest]:
+    """The same, but it writes a little at a time (`pace` stroll: less), at no place of a disk twice before it was at
+    all of them."""
+    with _running(kit, directory, disks, f"{pace} {' '.join(_in_guest(disks))}", "", []) as guest:
         guest.guest.wait_for("wrote ")
         yield guest
 

@@ -74,16 +74,17 @@ def epoch_of(owner: Owner, name: str) -> int | None:
     return epoch if epoch > 0 and name == name_of(owner, epoch) else None
 
 
-def rotate(bitmaps: Iterable[Tracking], owner: Owner, parent: int, epoch: int, size_changed: bool = False) -> Rotation:
-    """At the cut of `epoch`, whose parent is the point `parent` (0: there is none)."""
+def rotate(bitmaps: Iterable[Tracking], owner: Owner, parent: int, epoch: int, useless: str = "") -> Rotation:
+    """At the cut of `epoch`, whose parent is the point `parent` (0: there is none). `useless` is why bitmaps are of no
+    use, whatever they tell."""
     ours = {number: b for b in bitmaps if (number := epoch_of(owner, b.name)) is not None}
     since = {number: b for number, b in ours.items() if parent <= number < epoch}
     newest = max(since, default=0)
     compare = ""
     if parent == 0:
         compare = "there is no recovery point yet"
-    elif size_changed:
-        compare = "the disk has changed its size"
+    elif useless:
+        compare = useless
     elif parent not in since:
         compare = f"no bitmap records what was written since point {parent}"
     elif not all(b.is_usable for b in since.values()):

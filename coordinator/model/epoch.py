@@ -151,6 +151,10 @@ class EpochSpec(BaseModel):
     """By VM/DISK, in bytes as of its parent: a disk that has another size now is copied whole."""
     leaving: tuple[Participant, ...] = ()
     """Disks that the group has no more: their bitmaps go with the point."""
+    seeded: Mapping[str, int] = Field(default_factory=dict)
+    """By VM/DISK, how many bytes its parent has of it. Not there: all."""
+    slice_bytes: int = Field(default=0, ge=0)
+    """How much to copy at most of a disk beside what was written to it; 0: all of it."""
     repository: str = ""
     """Its id, for the names of bitmaps."""
     parents: Mapping[str, int] = Field(default_factory=dict)
@@ -231,6 +235,9 @@ class DiskCopy(BaseModel):
     """It holds what was written since this epoch was cut, and nothing of the rest; 0: all of the disk."""
     reason: str = ""
     """Which bitmaps told what was written, or why none did."""
+    seeded: int = Field(default=0, ge=0)
+    """Beside what was written it holds what the disk had up to here, and no more of what the parent does not have yet;
+    0: nothing is missing."""
 
 
 class ReadFacts(BaseModel):

@@ -65,6 +65,19 @@ Rate = Annotated[
     ),
 ]
 """Bytes a second; 0 is unlimited."""
+Bytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    Field(le=1 << 60),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": r"^\d+(\.\d+)?\s*[kKmMgGtT]?([iI]?[bB])?$"},
+            ]
+        }
+    ),
+]
 TimeOfDay = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
 
 
@@ -101,6 +114,11 @@ class GroupPolicy(_Words):
     freeze_timeout: Seconds = Field(default=1.0, ge=0.01, le=60, description="no guest is ever stopped for longer")
     prepare_timeout: Seconds = Field(
         default=30.0, ge=0.01, le=600, description="how long the slowest machine may take to prepare"
+    )
+    seed_slice: Bytes = Field(
+        default=8 * 1024**3,
+        ge=1024**2,
+        description="a disk that no point has yet is copied in parts of at most so many bytes, a view for each",
     )
     hold_timeout: Seconds = Field(
         default=600.0,
@@ -213,8 +231,16 @@ class Round(BaseModel):
     """All of those points."""
     sizes: dict[str, int] = Field(default_factory=dict)
     """By VM/DISK, in bytes, of the point it builds on."""
+    seeded: dict[str, int] = Field(default_factory=dict)
+    """By VM/DISK, how many bytes the point it builds on has of a disk that is being seeded."""
     why: str = ""
     """Why nothing comes of it."""
+    ending_at: float = 0.0
+    """Since when that is known."""
+    ends: int = 0
+    """How often the repository was asked in vain to end it, as far as it goes ..."""
+    end_at: float = 0.0
+    """... and when it is asked again."""
 
 
 class Outcome(BaseModel):
@@ -226,6 +252,8 @@ class Outcome(BaseModel):
     requests: tuple[str, ...]
     number: int
     published: bool
+    is_step: bool = False
+    """It was no failure: a further part of disks was copied that are in no point yet."""
     why: str = ""
     begun_at: float
     ended_at: float
@@ -251,6 +279,10 @@ class GroupRecord(BaseModel):
     published: int = 0
     """The newest recovery point that a round made; 0: none yet."""
     published_cut_at: float = 0.0
+    covered: tuple[str, ...] = ()
+    """VM/DISK of those that are in it."""
+    seeding: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """VM/DISK of those that are in no point yet, or not any more: (how many bytes are copied, and how many it has)."""
     leaving: tuple[Participant, ...] = ()
     """Disks that were taken out of the group since its newest point, and may have bitmaps of it."""
     done_with: tuple[str, ...] = ()

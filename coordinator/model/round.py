@@ -16,14 +16,13 @@ from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, Phase
 from coordinator.model.events import EventName
 from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage
 from coordinator.model.job import JobRecord, JobSpec, State, Sync
-from coordinator.model.point import Decision, MachineCut, Member
+from coordinator.model.point import Decision, MachineCut, Member, SeedMember
 from coordinator.model.repository_uri import parse_repository
-from coordinator.model.schedule import due_at, misses_rpo, prune_is_due, speed_at
+from coordinator.model.schedule import LONGEST_PAUSE_S, due_at, misses_rpo, prune_is_due, speed_at
 from coordinator.model.task import (
     AbandonEpoch,
     DecidedEpoch,
     EpochPart,
-    EpochTask,
     OpenedEpoch,
     OpenEpoch,
     PublishEpoch,
@@ -31,6 +30,8 @@ from coordinator.model.task import (
     TaskKind,
 )
 
+END_WITHIN_S = 3600.0
+"""For so long the repository is asked how an epoch was decided; by then its hold is stale, and others end it."""
 STEERED = frozenset({State.CREATED, State.RUNNING, State.PAUSED, State.READY, State.STANDBY})
 """States in which a job still copies, or may."""
 
@@ -113,7 +114,7 @@ def jobs_of(group: GroupRecord) -> tuple[str, ...]:
     others = (*group.done_with, *((group.prune_job,) if group.prune_job else ()))
     if at_work is None:
         return others
-    return (*others, _opening_job(at_work), *_copies(at_work), _job(at_work, "publish"), _job(at_work, "end"))
+    return (*others, _opening_job(at_work), *_copies(at_work), _job(at_work, "publish"), _end_job(at_work))
 
 
 def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Action | None:
@@ -132,7 +133,7 @@ def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Ac
         return _begin(group, round_id, now) if is_due and not group.paused else None
     is_given_up = group.cancelled == group.round.id and group.round.stage not in (Stage.PUBLISHING, Stage.ENDING)
     if is_given_up:
-        return _end(group, group.round, "cancelled by its user")
+        return _end(group, group.round, "cancelled by its user", now)
     if (steer := _steer(group, group.round, seen, now)) is not None:
         return steer
     return _STAGES[group.round.stage](group, group.round, seen, now)
@@ -206,7 +207,7 @@ def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
     if job.state is not State.CONCLUDED:
         return None
     if not _succeeded(job):
-        return _end(group, at_work, _failure(job))
+        return _end(group, at_work, _failure(job), now)
     opened = OpenedEpoch.model_validate_json(job.result)
     moved = at_work.model_copy(
         update={
@@ -216,6 +217,7 @@ def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
             "parents": opened.parents,
             "pins": opened.pins,
             "sizes": opened.sizes,
+            "seeded": opened.seeded,
         }
     )
     counted = max(group.counted, opened.number)
@@ -228,7 +230,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         return Keep("has begun its epoch", _moved(group, at_work, Stage.CUTTING))
     if epoch is not None and epoch.number > at_work.number:
         counted = max(group.counted, epoch.number)
-        return _end(_with(group, counted=counted), at_work, f"the ledger has counted to {epoch.number} meanwhile")
+        return _end(_with(group, counted=counted), at_work, f"the ledger has counted to {epoch.number} meanwhile", now)
     if epoch is not None and not epoch.is_over:
         return GiveUp(epoch.number, "another one is begun")
     if seen.busy:
@@ -244,13 +246,15 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         repository=at_work.repository,
         parents=at_work.parents,
         sizes=at_work.sizes,
+        seeded=at_work.seeded,
+        slice_bytes=policy.seed_slice,
     )
     return Begin(spec, at_work.number - 1)
 
 
 def _cutting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
     if lost := _lost(at_work, seen):
-        return _end(group, at_work, lost)
+        return _end(group, at_work, lost, now)
     assert seen.epoch is not None
     if seen.epoch.phase is not Phase.READABLE:
         return None
@@ -259,7 +263,7 @@ def _cutting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
 
 def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
     if lost := _lost(at_work, seen):
-        return _end(group, at_work, lost)
+        return _end(group, at_work, lost, now)
     assert seen.epoch is not None
     copies = _copies(at_work)
     missing = [job_id for job_id in copies if job_id not in seen.jobs]
@@ -269,7 +273,7 @@ def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
     jobs = [seen.jobs[job_id] for job_id in copies]
     for disk, job in zip(at_work.spec.disks, jobs, strict=True):
         if job.state is State.CONCLUDED and not _succeeded(job):
-            return _end(group, at_work, f"{disk}: {_failure(job)}")
+            return _end(group, at_work, f"{disk}: {_failure(job)}", now)
     if not all(job.state in (State.PENDING, State.CONCLUDED) for job in jobs):
         return None
     return Keep("is copied", _moved(group, at_work, Stage.PUBLISHING))
@@ -280,10 +284,10 @@ def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> A
     job = seen.jobs.get(job_id)
     if job is None:
         if lost := _lost(at_work, seen):
-            return _end(group, at_work, lost)
+            return _end(group, at_work, lost, now)
         gone = [copy for copy in copies if copy not in seen.jobs or not seen.jobs[copy].result]
         if gone:
-            return _end(group, at_work, f"what job {gone[0]} copied is lost")
+            return _end(group, at_work, f"what job {gone[0]} copied is lost", now)
         assert seen.epoch is not None
         task = PublishEpoch(
             repository=at_work.spec.repository,
@@ -294,7 +298,7 @@ def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> A
     if job.state is not State.CONCLUDED:
         return None
     if not _succeeded(job):
-        return _end(group, at_work, _failure(job))
+        return _end(group, at_work, _failure(job), now)
     going = [job for copy in copies if (job := seen.jobs.get(copy)) and job.state is not State.CONCLUDED]
     if going:
         pending = tuple(job.id for job in going if not job.finalize_requested)
@@ -313,9 +317,11 @@ def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Actio
     if going:
         cancelled = tuple(job.id for job in going if job.cancel_requested != "force")
         return Cancel(cancelled) if cancelled else None
-    job_id = _job(at_work, "end")
+    job_id = _end_job(at_work)
     job = seen.jobs.get(job_id)
     if job is None and at_work.number > 0:
+        if now < at_work.end_at:
+            return None
         task = AbandonEpoch(
             repository=at_work.spec.repository,
             group=group.name,
@@ -326,6 +332,12 @@ def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Actio
         return Submit({job_id: JobSpec(task=task)})
     if job is not None and job.state is not State.CONCLUDED:
         return None
+    if job is not None and not _succeeded(job) and now < at_work.ending_at + END_WITHIN_S:
+        # Its manifest may be there: what is not known must not be told as failed.
+        again = {"ends": at_work.ends + 1, "end_at": now + min(2.0**at_work.ends, LONGEST_PAUSE_S)}
+        waiting = at_work.model_copy(update=again)
+        told = f"cannot tell yet whether epoch {at_work.number} was published: {_failure(job)}"
+        return Keep(told, _with(group, round=waiting, done_with=(job.id,)))
     return _over(group, at_work, seen, now)
 
 
@@ -341,38 +353,60 @@ _STAGES = {
 
 def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
     """Published by whichever job found its manifest; jobs of a round that failed are left for people to look at."""
-    deciding = [seen.jobs.get(_job(at_work, "publish")), seen.jobs.get(_job(at_work, "end"))]
-    is_point = any(job is not None and _succeeded(job) and _is_point(job) for job in deciding)
-    cut_at = _cut_at(seen.epoch) if seen.epoch is not None and seen.epoch.number == at_work.number else 0.0
-    outcome = Outcome(
-        round=at_work.id,
-        requests=at_work.requests,
-        number=at_work.number,
-        published=is_point,
-        why="" if is_point else at_work.why,
-        begun_at=at_work.begun_at,
-        ended_at=now,
-        cut_at=cut_at if is_point else 0.0,
-    )
-    changes: dict[str, Any] = {"round": None, "outcomes": (*group.outcomes, outcome)[-OUTCOMES_KEPT:]}
-    name = f"{group.name}@{at_work.number}"
-    if is_point:
-        there = tuple(job_id for job_id in jobs_of(group) if job_id in seen.jobs and job_id != group.prune_job)
-        left = tuple(one for one in group.leaving if one not in at_work.leaving)
-        # Hosts' clocks say it, and ours when the next round is due: it was cut in this round, whatever they show.
-        seen_at = min(max(cut_at, at_work.begun_at), now)
-        changes |= {"published": at_work.number, "published_cut_at": seen_at, "done_with": there, "leaving": left}
-        return Keep(f"has published {name}", _with(group, **changes))
+    jobs = [seen.jobs.get(job_id) for job_id in (_job(at_work, "publish"), _end_job(at_work))]
+    decided = next((found for job in jobs if job is not None and (found := _decided(job)) and found.is_point), None)
+    if decided is not None:
+        return _published(group, at_work, seen, decided, now)
     aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
+    outcome = _outcome(at_work, now).model_copy(update={"requests": at_work.requests, "why": at_work.why})
     return Keep(
         f"ends its round without a point: {at_work.why}",
-        _with(group, **changes),
+        _with(group, round=None, outcomes=(*group.outcomes, outcome)[-OUTCOMES_KEPT:]),
         ((EventName.GROUP_ABORTED, aborted),),
     )
 
 
-def _end(group: GroupRecord, at_work: Round, why: str) -> Keep:
-    ending = at_work.model_copy(update={"stage": Stage.ENDING, "why": why})
+def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedEpoch, now: float) -> Keep:
+    """A point for whoever asked, if it has every disk; one that the group's age is told by, if it has those that the
+    point before had; else a step on the way there."""
+    there = tuple(job_id for job_id in jobs_of(group) if job_id in seen.jobs and job_id != group.prune_job)
+    changes: dict[str, Any] = {
+        "round": None,
+        "done_with": there,
+        "leaving": tuple(one for one in group.leaving if one not in at_work.leaving),
+        "seeding": decided.seeding,
+    }
+    outcome, outcomes = _outcome(at_work, now), group.outcomes
+    if decided.seeding:
+        changes["requests"] = (*at_work.requests, *group.requests)
+    else:
+        outcome = outcome.model_copy(update={"requests": at_work.requests})
+    if decided.disks and set(group.covered).intersection(at_work.spec.disks) <= set(decided.disks):
+        outcome = outcome.model_copy(update={"published": True, "cut_at": decided.cut_at})
+        # Hosts' clocks say it, and ours when the next round is due: it was cut in this round, whatever they show.
+        cut_at = min(max(decided.cut_at, at_work.begun_at), now)
+        changes |= {"published": at_work.number, "published_cut_at": cut_at, "covered": decided.disks}
+        sentence = f"has published {group.name}@{at_work.number}"
+    else:
+        outcome = outcome.model_copy(update={"is_step": True})
+        outcomes = outcomes[:-1] if outcomes and outcomes[-1].is_step else outcomes
+        sentence = f"has copied a further part, as {group.name}@{at_work.number}"
+    return Keep(sentence, _with(group, outcomes=(*outcomes, outcome)[-OUTCOMES_KEPT:], **changes))
+
+
+def _outcome(at_work: Round, now: float) -> Outcome:
+    return Outcome(
+        round=at_work.id,
+        requests=(),
+        number=at_work.number,
+        published=False,
+        begun_at=at_work.begun_at,
+        ended_at=now,
+    )
+
+
+def _end(group: GroupRecord, at_work: Round, why: str, now: float) -> Keep:
+    ending = at_work.model_copy(update={"stage": Stage.ENDING, "why": why, "ending_at": now})
     return Keep(f"gives its round up: {why}", _with(group, round=ending))
 
 
@@ -422,6 +456,7 @@ def _part(group: GroupRecord, at_work: Round, epoch: Epoch, disk: str, copy: Dis
         since=copy.since,
         reason=copy.reason,
         cut_at=_cut_at(epoch),
+        seeded=copy.seeded,
     )
 
 
@@ -438,6 +473,8 @@ def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> D
         for member in at_work.spec.members
     ]
     is_quiet = all(machine.filesystem_consistent for machine in machines)
+    copies = [seen.jobs[job_id] for job_id in _copies(at_work)]
+    members = tuple(Member.model_validate_json(job.result) for job in copies if not _is_seeding(job))
     return Decision(
         decision="manifest",
         repository=at_work.repository,
@@ -445,11 +482,16 @@ def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> D
         epoch=at_work.number,
         job=owner_of(group.name, at_work.id),
         cut_at=_cut_at(epoch),
-        consistency="filesystem" if is_quiet else "crash",
-        members=tuple(Member.model_validate_json(seen.jobs[job_id].result) for job_id in _copies(at_work)),
+        consistency=("filesystem" if is_quiet else "crash") if members else "",
+        members=members,
+        seeding=tuple(SeedMember.model_validate_json(job.result) for job in copies if _is_seeding(job)),
         machines=tuple(machines),
         spec=at_work.spec.model_dump(mode="json", exclude_defaults=True),
     )
+
+
+def _is_seeding(job: JobRecord) -> bool:
+    return job.spec.part is not None and job.spec.part.seeded > 0
 
 
 def _cut_at(epoch: Epoch) -> float:
@@ -460,6 +502,10 @@ def _cut_at(epoch: Epoch) -> float:
 def _job(at_work: Round, what: str) -> str:
     """With the epoch's number: a ledger that has lost writes may find the round announcing another one."""
     return f"{at_work.id}-{at_work.number}-{what}"
+
+
+def _end_job(at_work: Round) -> str:
+    return _job(at_work, f"end-{at_work.ends}" if at_work.ends else "end")
 
 
 def _opening_job(at_work: Round) -> str:
@@ -478,9 +524,10 @@ def _failure(job: JobRecord) -> str:
     return job.error or f"job {job.id} was cancelled"
 
 
-def _is_point(job: JobRecord) -> bool:
-    task: EpochTask | Any = job.spec.task
-    return isinstance(task, PublishEpoch | AbandonEpoch) and DecidedEpoch.model_validate_json(job.result).is_point
+def _decided(job: JobRecord) -> DecidedEpoch | None:
+    """What a job tells that publishes an epoch or ends it; None if it has failed."""
+    is_there = _succeeded(job) and isinstance(job.spec.task, PublishEpoch | AbandonEpoch)
+    return DecidedEpoch.model_validate_json(job.result) if is_there else None
 
 
 def _moved(group: GroupRecord, at_work: Round, stage: Stage) -> GroupRecord:

@@ -30,7 +30,7 @@ def due_at(group: GroupRecord) -> float | None:
     failed = _failures_in_a_row(group)
     if failed:
         return group.outcomes[-1].ended_at + min(rpo * 2.0 ** (failed - 1), LONGEST_PAUSE_S)
-    if group.published == 0:
+    if group.published == 0 or group.seeding:
         return 0.0
     took = [o.ended_at - o.begun_at for o in group.outcomes[-LOOKED_BACK:] if o.published]
     return group.published_cut_at + rpo - MARGIN * max(took, default=0.0) - LOOK_S
@@ -63,7 +63,7 @@ def prune_is_due(group: GroupRecord, now: float) -> bool:
 def _failures_in_a_row(group: GroupRecord) -> int:
     count = 0
     for outcome in reversed(group.outcomes):
-        if outcome.published:
+        if outcome.published or outcome.is_step:
             break
         count += 1
     return count

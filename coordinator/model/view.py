@@ -47,6 +47,8 @@ class GroupView(BaseModel):
     rpo_missed: bool = False
     """It was cut longer ago than the policy allows."""
     paused: bool = False
+    seeding: dict[str, tuple[int, int]] = {}
+    """VM/DISK of those that are in no point yet: (how many bytes are copied, and how many it has)."""
     round: RoundView | None = None
     outcomes: tuple[Outcome, ...] = ()
     """Of the last rounds, oldest first."""
@@ -89,6 +91,7 @@ def view_of_group(group: GroupRecord, now: float) -> GroupView:
         rpo_s=max(0.0, now - group.published_cut_at) if group.published else None,
         rpo_missed=group.rpo_missed,
         paused=group.paused,
+        seeding=group.seeding,
         round=RoundView.model_validate(at_work.model_dump(include=set(RoundView.model_fields))) if at_work else None,
         outcomes=group.outcomes,
     )

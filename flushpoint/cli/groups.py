@@ -79,12 +79,14 @@ def group(name: GroupArgument, as_json: output.JsonOption = False) -> None:
         output.write_json(found.model_dump(mode="json"))
         return
     print(_table([found]))
+    for disk, (done, size) in found.seeding.items():
+        print(f"  seeding {disk}: {output.size_text(done)} of {output.size_text(size)}")
     for member in found.spec.members:
         print(f"  {member.vm} on {member.host} ({member.qmp}): {', '.join(member.disks)}")
     rows = [
         (
             f"{name}@{outcome.number}" if outcome.number else "-",
-            "published" if outcome.published else "failed",
+            "published" if outcome.published else "copied a part" if outcome.is_step else "failed",
             output.duration_text(outcome.ended_at - outcome.begun_at),
             outcome.why,
         )

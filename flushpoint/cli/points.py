@@ -253,7 +253,7 @@ def _table(found: list[PointRecord]) -> str:
         (
             str(point.epoch),
             output.duration_text(max(0.0, time.time() - point.cut_at)),
-            point.consistency,
+            point.consistency if point.members else _seeded(point),
             str(len(point.members)),
             output.size_text(sum(m.size for m in point.members)),
             output.size_text(sum(m.bytes_sent for m in point.members)),
@@ -264,12 +264,33 @@ def _table(found: list[PointRecord]) -> str:
     return output.table([head, *rows])
 
 
+def _seeded(point: PointRecord) -> str:
+    """Of a manifest that is no point yet, how far it is on the way to one."""
+    done, all_of_it = (sum(getattr(disk, name) for disk in point.seeding) for name in ("seeded", "size"))
+    return f"seeding, {100 * done // max(1, all_of_it)} %"
+
+
+def _newest(known: _Known, group: str) -> PointRecord | None:
+    """Of those that have a disk; None if there is none."""
+    with session.connect() as client:
+        for epoch in sorted(known.epochs, reverse=True):
+            point = next(client.points(known.repository, group, after=epoch - 1), None)
+            if point is not None and point.members:
+                return point
+    return None
+
+
 def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, PointRecord]:
     """The point that was named, and its URI."""
     group, number = _parsed(point)
     uri = parse_repository(repository_of(group, repository))
     known = _scanned(uri, group)
-    epoch = max([*known.epochs, *known.damaged]) if number == LATEST else number
+    epoch = number
+    if number == LATEST:
+        newest = _newest(known, group)
+        epoch = max([newest.epoch if newest else 0, *known.damaged])
+        if epoch == 0:
+            raise NotFoundError(f"group {group!r} has no point yet, its disks are being seeded", "wait for the first")
     if epoch in known.damaged:
         raise known.damage(epoch)
     if epoch not in known.epochs:
@@ -281,6 +302,10 @@ def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, Poin
         raise NotFoundError(
             f"{group}@{epoch} was removed just now", f"see flushpoint points {group} for those there are"
         )
+    if not chosen.members:
+        raise NotFoundError(f"{group}@{epoch} is no point yet: {_seeded(chosen)}", "wait for the first point")
+    for one in chosen.seeding:
+        output.say(f"{group}@{epoch} is without {one.disk}, of which {one.seeded} of {one.size} bytes were copied then")
     if disk and chosen.member(disk) is None:
         there = ", ".join(m.disk for m in chosen.members)
         raise NotFoundError(f"{group}@{chosen.epoch} has no disk {disk!r}", f"it has {there}")

@@ -24,6 +24,7 @@ from workers.agent.guest import OURS, look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
 from workers.agent.participant import AbortedError, Machine, Taken
+from workers.agent.room import Room
 from workers.agent.stage import stage
 from workers.agent.views import remove
 
@@ -84,7 +85,7 @@ class Group:
         link = GuardLink(self._directory / "guard")
         self._open.callback(link.close)
         vm = Vm(monitor, link, Journal(self._directory / "journal"))
-        return Machine(guest.directory.name, vm, self._directory)
+        return Machine(guest.directory.name, vm, Room(self._directory, 0))
 
     def opened(self, *, freeze_ms: int = DEADLINE_MS, parent: int = 0) -> Epoch:
         parts = [
@@ -121,7 +122,7 @@ class Group:
 
 async def number_in(machine: Machine, taken: Taken) -> int:
     (part,) = taken.parts
-    staged = await stage(machine.vm, part.view, (), STAGE_S)
+    staged = await stage(machine.vm, part, lambda: part.view.disk.size, STAGE_S)
     await remove(machine.vm.monitor, part.view)
     number = first_number(staged.image)
     staged.image.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from coordinator.model.epoch import Consistency
-from coordinator.model.group import GroupSpec
+from coordinator.model.group import GroupPolicy, GroupSpec
 from coordinator.model.view import CheckpointState
 from tests.deployment import FREEZE_S, Command, Deployment, member_of
 from tests.guest import GuestKit
@@ -86,9 +87,14 @@ def test_a_point_tells_how_it_was_made(deployment: Deployment, shop: tuple[Host,
 class Disks:
     """One guest with a disk of each kind, and clones of them that were made in the stop of a cut."""
 
-    def __init__(self, deployment: Deployment, host: Host) -> None:
+    def __init__(
+        self, deployment: Deployment, host: Host, group: str, environ: Mapping[str, str] | None = None
+    ) -> None:
+        """`environ` is for the agent."""
         self.deployment = deployment
         self.host = host
+        self.group = group
+        self.environ = environ
         self.clones = deployment.directory / "clones"
         self.clones.mkdir(exist_ok=True)
 
@@ -96,8 +102,8 @@ class Disks:
         """A point, and clones of the disks as they were at its cut: the agent sleeps in the stop until they are
         there. A stop that gets too long for that ends the epoch, and another is tried."""
         for _ in range(5):
-            self.host.start_agent("between-go-and-cut:stop")
-            asked = self.deployment.stack.client.ask_for_checkpoint("disks")
+            self.host.start_agent("between-go-and-cut:stop", self.environ)
+            asked = self.deployment.stack.client.ask_for_checkpoint(self.group)
             wait_until(self.host.trip.exists, "the agent to sleep in the stop", STEP_S)
             for disk in self.host.guest.disks:
                 shutil.copyfile(disk.image(self.host.guest.directory), self.clone(disk))
@@ -116,15 +122,15 @@ class Disks:
             command = ["qemu-img", "convert", "-f", disk.format, "-O", "raw", str(self.clone(disk)), str(raw)]
             subprocess.run(command, check=True, timeout=30)
             vm = self.host.guest.directory.name
-            is_equal = self.deployment.bytes_of("disks", point, f"{vm}/{disk.name}") == raw.read_bytes()
+            is_equal = self.deployment.bytes_of(self.group, point, f"{vm}/{disk.name}") == raw.read_bytes()
             assert is_equal, disk
 
     def aborted(self, failpoint: str) -> None:
         """An epoch whose agent is killed there; its bitmaps stay."""
-        self.host.start_agent(f"{failpoint}:kill")
-        asked = self.deployment.stack.client.ask_for_checkpoint("disks")
+        self.host.start_agent(f"{failpoint}:kill", self.environ)
+        asked = self.deployment.stack.client.ask_for_checkpoint(self.group)
         wait_until(self.host.trip.exists, f"the agent to reach {failpoint}", STEP_S)
-        self.host.start_agent()
+        self.host.start_agent(environ=self.environ)
         assert self.deployment.ended(asked).state is CheckpointState.FAILED
 
 
@@ -154,7 +160,7 @@ def test_a_point_equals_clones_of_the_disks_made_in_its_stop(deployment: Deploym
             deployment.host(f"life{life}", guest) as host,
         ):
             deployment.apply("disks", host)
-            tested = Disks(deployment, host)
+            tested = Disks(deployment, host, "disks")
             tested.check(tested.cloned_point())
             for _ in range(2):
                 for _ in range(dice.randrange(3)):
@@ -163,6 +169,64 @@ def test_a_point_equals_clones_of_the_disks_made_in_its_stop(deployment: Deploym
                     tested.aborted(dice.choice(KILLED_AT))
                     guest.wait_until_it_writes()
                 tested.check(tested.cloned_point())
+
+
+@pytest.mark.needs("mount")
+def test_a_disk_far_larger_than_its_scratch_is_protected_while_it_is_written(
+    deployment: Deployment, guest_kit: GuestKit
+) -> None:
+    """In parts, of which one that fails is copied again and no other."""
+    disk = LiveDisk("a", iothread=True, size=256 * MIB)
+    directory, small = deployment.directory / "large", deployment.directory / "small"
+    for one in (directory, small):
+        one.mkdir()
+    filled = directory / "filled"
+    filled.write_bytes(os.urandom(disk.size))
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(filled), str(disk.image(directory))],
+        check=True,
+        timeout=60,
+    )
+    filled.unlink()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={64 * MIB}", "none", str(small)], check=True)
+    with ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", "--lazy", str(small)], check=True)
+        guest = stack.enter_context(wandering_guest(guest_kit, directory, [disk], "stroll"))
+        host = stack.enter_context(deployment.host("narrow", guest))
+        scratch = {"FLUSHPOINT_SCRATCH_DIR": str(small), "FLUSHPOINT_SCRATCH_RESERVE": str(MIB)}
+        host.start_agent(environ=scratch)
+        policy = GroupPolicy(freeze_timeout=FREEZE_S, prepare_timeout=10)
+        deployment.apply_members("large", [member_of(host)], policy)
+        client = deployment.stack.client
+        asked = client.ask_for_checkpoint("large")
+        wait_until(lambda: bool(client.group("large").seeding), "a part to be copied", 60)
+        host.end_agent()
+        assert deployment.ended(asked).state is CheckpointState.FAILED
+        tested = Disks(deployment, host, "large", scratch)
+        tested.aborted("before-stage")
+        ((copied, size),) = client.group("large").seeding.values()
+        assert 0 < copied < size == disk.size
+        assert "seeding, " in Command(deployment)("points", "large", "--repository", deployment.repository)
+
+        first = deployment.point("large", deployment.published("large"))
+        assert [member.disk for member in first.members] == ["large/a"]
+        assert client.group("large").seeding == {}
+        steps = [deployment.point("large", number) for number in range(first.members[0].parent, first.epoch)]
+        assert all(copied <= step.seeding[0].seeded < size for step in steps if step.is_point)
+        guest.wait_until_it_writes()
+        tested.check(tested.cloned_point())
+
+        (small / "filler").write_bytes(bytes(shutil.disk_usage(small).free - 12 * MIB))
+        for _ in range(4):  # four MiB each
+            guest.wait_until_it_writes()
+        asked = client.ask_for_checkpoint("large")
+        wait_until(lambda: bool(client.group("large").seeding), "a part to be copied anew", 60)
+        (small / "filler").unlink()
+        again = deployment.point("large", deployment.ended(asked).point)
+        step = deployment.point("large", again.members[0].parent)
+        while step.seeding[0].reason.startswith("by bitmap"):
+            step = deployment.point("large", step.seeding[0].parent)
+        assert step.seeding[0].reason.startswith("the scratch directory has no room for all that was written")
 
 
 def test_a_group_by_its_file_and_commands(deployment: Deployment, shop: tuple[Host, Host], tmp_path: Path) -> None:

@@ -75,6 +75,10 @@ async def monitored(guest: LiveGuest, directory: Path) -> AsyncIterator[Vm]:
         guard.close()
 
 
+WHOLE = 1 << 60
+"""Of a disk: more than it has."""
+
+
 async def cut(
     vm: Vm, guest: LiveGuest, scratch: Path, group: str, parent: int, epoch: int
 ) -> tuple[list[Part], list[Path]]:
@@ -83,7 +87,9 @@ async def cut(
     parts = []
     for disk in [found.disk(disk.name) for disk in guest.disks]:
         rotation = rotate(disk.tracking(), Owner(REPOSITORY, group, f"vm/{disk.device}"), parent, epoch)
-        parts.append(Part(await prepare(vm.monitor, found, disk, scratch), rotation))
+        parts.append(
+            Part(await prepare(vm.monitor, found, disk, scratch), rotation, disk.size if rotation.since else 0)
+        )
     async with vm.order:
         frozen = await vm.freeze(DEADLINE_S)
         try:
@@ -113,7 +119,7 @@ def test_what_is_staged_is_what_the_disks_held_at_the_cut(guest: LiveGuest, tmpf
                 parts, clones = await cut(vm, guest, tmpfs_path, "all", 0, epoch)
                 guest.wait_until_it_writes()
                 for disk, part, clone in zip(guest.disks, parts, clones, strict=True):
-                    staged = await stage(vm, part.view, (), STAGE_S)
+                    staged = await stage(vm, part, lambda: WHOLE, STAGE_S)
                     await remove(vm.monitor, part.view)
                     assert same_disk(clone, disk.format, staged.image, "qcow2"), (epoch, disk.name)
                     staged.image.unlink()
@@ -155,7 +161,7 @@ def test_what_bitmaps_name_is_all_that_changed_also_over_aborted_epochs(guest: L
                 for disk, part, clone, copy in zip(guest.disks, parts, clones, copies, strict=True):
                     assert (part.rotation.compare == "") == (point > 0)
                     if epoch % 3 != 0:
-                        staged = await stage(vm, part.view, part.rotation.changed, STAGE_S)
+                        staged = await stage(vm, part, lambda: WHOLE, STAGE_S)
                         written = write_staged(staged.image, copy)
                         assert point == 0 or 0 < written <= disk.size // 2, "the guest writes the first half alone"
                         staged.image.unlink()
@@ -180,7 +186,7 @@ def test_a_disk_that_cannot_be_staged_leaves_no_view_of_any(
             parts, _ = await cut(vm, guest, tmpfs_path, "failing", 0, 1)
             monkeypatch.setattr("workers.agent.service.stage", fail)
             with pytest.raises(UnavailableError, match="no room"):
-                await stage_all(vm, parts, tmpfs_path / "staged")
+                await stage_all(vm, parts, tmpfs_path / "staged", lambda: WHOLE)
             assert await ours(vm) == []
             guest.wait_until_it_writes()
 
@@ -206,7 +212,7 @@ def test_a_staging_that_is_cancelled_leaves_nothing_in_the_guest(
         monkeypatch.setattr(stage_module, step, endless)
         async with monitored(guest, tmpfs_path) as vm:
             parts, _ = await cut(vm, guest, tmpfs_path, f"cancelled{step}", 0, 1)
-            staging = asyncio.create_task(stage_all(vm, parts, tmpfs_path / "staged"))
+            staging = asyncio.create_task(stage_all(vm, parts, tmpfs_path / "staged", lambda: WHOLE))
             await copying.wait()
             staging.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -33,6 +33,8 @@ class Part:
 
     view: View
     rotation: Rotation
+    held: int
+    """How many bytes of the disk, from its beginning, the point has that it builds on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ a disk is done to its device's property `drive`, which names the node the guest 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ class GuestDisk:
     iothread: str
     """Its path; "" if the disk is served by the main loop."""
     bitmaps: tuple[Bitmap, ...]
+
+    def dirty(self, names: Sequence[str]) -> int:
+        """Bytes that these bitmaps of it say, at most."""
+        return sum(bitmap.count for bitmap in self.bitmaps if bitmap.name in names)
 
     def tracking(self) -> list[Tracking]:
         """Its bitmaps, as the rules of coordinator.model.bitmap want them."""

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.bitmap import Owner, rotate
@@ -26,6 +25,7 @@ from workers.agent.feed import Feed
 from workers.agent.files import FileSystems
 from workers.agent.guest import look_at
 from workers.agent.guest_agent import ANSWER_S
+from workers.agent.room import Room
 from workers.agent.views import prepare, remove
 from workers.failpoint import pass_point
 
@@ -49,10 +49,10 @@ class AbortedError(FlushpointError):
 class Machine:
     """One machine, its monitor, and where its scratch images go."""
 
-    def __init__(self, name: str, vm: Vm, scratch: Path) -> None:
+    def __init__(self, name: str, vm: Vm, room: Room) -> None:
         self.name = name
         self.vm = vm
-        self._scratch = scratch
+        self._room = room
 
     async def take_part(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Taken:
         """From the preparation to the cut, one epoch at a time: one that was aborted after its go may be about to cut
@@ -76,14 +76,21 @@ class Machine:
     async def _prepare(self, epoch: Epoch, parts: list[Part]) -> None:
         """Adds to `parts` what is there, so that it can be dropped after an error."""
         guest = await look_at(self.vm.monitor)
-        spec = epoch.spec
+        spec, left = epoch.spec, self._room.left()
         for name in epoch.participant(self.name).disks:
             disk = guest.disk(name)
             parent = spec.parent(self.name, name)
             owner = Owner(spec.repository, epoch.group, f"{self.name}/{name}")
-            size_changed = spec.sizes.get(owner.disk, disk.size) != disk.size
-            rotation = rotate(disk.tracking(), owner, parent, epoch.number, size_changed)
-            parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._scratch), rotation))
+            resized = spec.sizes.get(owner.disk, disk.size) != disk.size
+            useless = "the disk has changed its size" if resized else ""
+            rotation = rotate(disk.tracking(), owner, parent, epoch.number, useless)
+            left -= disk.dirty(rotation.changed)
+            if left < 0:  # after a long outage, say: the whole disk goes in parts, and what was written does not
+                useless = f"the scratch directory has no room for all that was written since point {parent}"
+                left += disk.dirty(rotation.changed)
+                rotation = rotate(disk.tracking(), owner, parent, epoch.number, useless)
+            held = spec.seeded.get(owner.disk, disk.size) if rotation.since else 0
+            parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._room.directory), rotation, held))
             await asyncio.to_thread(_sync, disk.file)
 
     async def _file_systems(self, epoch: Epoch) -> FileSystems:

@@ -11,6 +11,7 @@ from coordinator.model.errors import RefusedError, UnavailableError
 
 LOOK_S = 0.5
 _GIB = 1024**3
+_SLICE_UNIT = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,17 @@ class Room:
         """RefusedError; before anything is made there."""
         if self._free() < self.reserve:
             raise RefusedError(*self._said())
+
+    def left(self) -> int:
+        """Bytes that may still be taken."""
+        return max(0, self._free() - self.reserve)
+
+    def slice(self, limit: int, sharers: int) -> int:
+        """How many bytes of a disk one of `sharers` may copy there now, at most `limit` (0: any number). Half of the
+        room is for what guests write meanwhile."""
+        share = self.left() // (2 * sharers)
+        most = max(_SLICE_UNIT, share - share % _SLICE_UNIT)
+        return min(limit, most) if limit else most
 
     async def watch(self) -> None:
         """Until there is not enough any more: UnavailableError. Never returns."""

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -130,7 +131,7 @@ class Agent:
         try:
             vm = await self._vm(Path(participant.qmp))
             self._room.refuse_unless_enough()
-            machine = Machine(participant.vm, vm, self._scratch)
+            machine = Machine(participant.vm, vm, self._room)
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
             await self._fail(epoch, participant.vm, error)
@@ -189,7 +190,9 @@ class Agent:
     async def _staged(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> tuple[DiskCopy, ...]:
         """AbortedError if the epoch is, meanwhile."""
         place = self._place(epoch.group, epoch.number) / participant.vm
-        staging = asyncio.create_task(stage_all(vm, taken.parts, place))
+        sharers = sum(len(one.disks) for one in epoch.on(self._host))
+        slice_bytes = partial(self._room.slice, epoch.spec.slice_bytes, sharers)
+        staging = asyncio.create_task(stage_all(vm, taken.parts, place, slice_bytes))
         self._staging.setdefault((epoch.group, epoch.number), []).append(staging)
         watching = asyncio.create_task(self._room.watch())
         try:
@@ -285,26 +288,28 @@ def _cancel(task: asyncio.Task[tuple[DiskCopy, ...]]) -> None:
         task.cancel()
 
 
-async def stage_all(vm: Vm, parts: Sequence[Part], place: Path) -> tuple[DiskCopy, ...]:
-    """Every disk as PLACE/DISK.qcow2, durable. No view is left, whatever fails and whose turn had not come."""
+async def stage_all(vm: Vm, parts: Sequence[Part], place: Path, slice_bytes: Callable[[], int]) -> tuple[DiskCopy, ...]:
+    """Every disk as PLACE/DISK.qcow2, durable: what was written, and of what its point does not have yet as much as
+    `slice_bytes` says. No view is left, whatever fails and whose turn had not come."""
     copies = []
     async with AsyncExitStack() as left:
         for part in parts:
             left.push_async_callback(remove, vm.monitor, part.view)
         for part in parts:
             pass_point("before-stage")
-            device, changed = part.view.disk.device, part.rotation.changed
-            staged = await stage(vm, part.view, changed, STAGE_S)
+            disk, rotation = part.view.disk, part.rotation
+            staged = await stage(vm, part, slice_bytes, STAGE_S)
             await remove(vm.monitor, part.view)  # the guest is rid of the filter as soon as may be
-            path = place / f"{device}.qcow2"
+            path = place / f"{disk.device}.qcow2"
             await asyncio.to_thread(_put, staged.image, path)
             copies.append(
                 DiskCopy(
-                    disk=device,
+                    disk=disk.device,
                     path=str(path),
                     size=staged.size,
-                    since=part.rotation.since,
-                    reason=part.rotation.reason,
+                    since=rotation.since,
+                    reason=rotation.reason,
+                    seeded=staged.held if staged.held < staged.size else 0,
                 )
             )
     return tuple(copies)

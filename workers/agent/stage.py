@@ -1,5 +1,8 @@
 """Stage: a view is copied by the guest's QEMU to an image on its host, and everybody else reads that.
 
+What is copied is what bitmaps name, and a range of the disk. A job copies no range: for that, windows (raw nodes with
+an offset) are opened over view and image.
+
 The job reads the view, not the disk: where it fails, it alone fails. When it has ended the image is what the disk held
 at the cut, the guest is free of the filter, and no reader, however slow, concerns it any more.
 """
@@ -8,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordinator.model.errors import UnavailableError
-from workers.agent.cut import Vm
+from workers.agent.cut import Part, Vm
 from workers.agent.guest import OURS
 from workers.agent.monitor import GuestRefusedError, Monitor
 from workers.agent.views import View, add_image, delete_node, make_image
@@ -25,6 +28,7 @@ _LOOK_S = 1.0
 END_S = 30.0
 """A cancelled job waits for its requests in flight, so for the scratch directory's disk."""
 _BITMAP = f"{OURS}stage"
+_BY_BITMAP = {"sync": "bitmap", "bitmap": _BITMAP, "bitmap-mode": "never"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +37,28 @@ class Staged:
 
     image: Path
     size: int
+    held: int
+    """How many bytes, from the beginning, of those that the disk has are in its point or here."""
 
 
-async def stage(vm: Vm, view: View, changed: Sequence[str], timeout_s: float) -> Staged:
-    """Copy what the bitmaps `changed` (of the view's disk, disabled) say together, or everything if there are none.
+async def stage(vm: Vm, part: Part, slice_bytes: Callable[[], int], timeout_s: float) -> Staged:
+    """Copy what was written since the disk's point, and of what that does not have as much as `slice_bytes` says then.
     UnavailableError if the scratch image, the staged one or QEMU fails, or time is up: nothing is left then."""
-    monitor, image, name = vm.monitor, _image_of(view), _name_of(view)
+    monitor, view, changed = vm.monitor, part.view, part.rotation.changed
+    image, name, held, size = _image_of(view), _name_of(view), part.held, part.view.disk.size
     try:
         await make_image(monitor, image, view.disk.size)
         try:
             await add_image(monitor, name, image)
-            arguments = {"job-id": name, "device": view.access, "target": name, **await _what(monitor, view, changed)}
-            ends = {"auto-finalize": False, "auto-dismiss": False}
-            errors = {"on-source-error": "report", "on-target-error": "report"}
-            await monitor.execute("blockdev-backup", {**arguments, **ends, **errors})
             async with asyncio.timeout(timeout_s):
-                await _finish(vm, name)
+                if changed:
+                    await _merge(monitor, view, changed)
+                    await _run(vm, view, view.access, name, _BY_BITMAP)
+                if held < size:
+                    missing = range(held, min(size, held + slice_bytes()))
+                    source, target = await _windows(monitor, view, missing)
+                    await _run(vm, view, source, target, {"sync": "full"})
+                    held = missing.stop
         except TimeoutError as error:
             raise UnavailableError(
                 f"{view.disk.device} was not staged within {timeout_s:g} s", "look at the scratch directory's disk"
@@ -58,7 +68,7 @@ async def stage(vm: Vm, view: View, changed: Sequence[str], timeout_s: float) ->
     except BaseException:
         image.unlink(missing_ok=True)
         raise
-    return Staged(image, view.disk.size)
+    return Staged(image, size, held)
 
 
 async def clear(vm: Vm, view: View) -> None:
@@ -70,11 +80,11 @@ async def clear(vm: Vm, view: View) -> None:
 async def _release(vm: Vm, view: View) -> None:
     """The guest has nothing to do with the image any more. It is looked at what there is: a command whose answer nobody
     waited for was carried out before what is asked now."""
-    name = _name_of(view)
-    await _dismiss(vm, view, name)
-    nodes = await vm.monitor.execute("query-named-block-nodes", {"flat": True})
-    if any(node["node-name"] == name for node in nodes):
-        await delete_node(vm.monitor, name)
+    await _dismiss(vm, view, _name_of(view))
+    there = {node["node-name"] for node in await vm.monitor.execute("query-named-block-nodes", {"flat": True})}
+    for name in (*_windows_of(view), _name_of(view)):
+        if name in there:
+            await delete_node(vm.monitor, name)
 
 
 def _name_of(view: View) -> str:
@@ -86,15 +96,39 @@ def _image_of(view: View) -> Path:
     return view.scratch.with_name(f"{view.mark}.stage.qcow2")
 
 
-async def _what(monitor: Monitor, view: View, changed: Sequence[str]) -> dict[str, object]:
-    if not changed:
-        return {"sync": "full"}
+def _windows_of(view: View) -> tuple[str, str]:
+    """Over the view and over the image."""
+    return f"{OURS}from-{view.mark}", f"{OURS}to-{view.mark}"
+
+
+async def _windows(monitor: Monitor, view: View, part: range) -> tuple[str, str]:
+    """What a job has to copy that copies this part of the disk, and to where."""
+    if len(part) == view.disk.size:
+        return view.access, _name_of(view)
+    source, target = _windows_of(view)
+    window = {"driver": "raw", "offset": part.start, "size": len(part)}
+    await monitor.execute("blockdev-add", {**window, "node-name": source, "file": view.access, "read-only": True})
+    await monitor.execute("blockdev-add", {**window, "node-name": target, "file": _name_of(view)})
+    return source, target
+
+
+async def _run(vm: Vm, view: View, source: str, target: str, what: Mapping[str, object]) -> None:
+    """A job from node to node, until it has ended and is gone."""
+    job = _name_of(view)
+    ends = {"auto-finalize": False, "auto-dismiss": False}
+    errors = {"on-source-error": "report", "on-target-error": "report"}
+    arguments = {"job-id": job, "device": source, "target": target, **what, **ends, **errors}
+    await vm.monitor.execute("blockdev-backup", arguments)
+    await _finish(vm, job)
+    await _dismiss(vm, view, job)
+
+
+async def _merge(monitor: Monitor, view: View, changed: Sequence[str]) -> None:
     granularity = min(b.granularity for b in view.disk.bitmaps if b.name in changed)
     new = {"node": view.access, "name": _BITMAP, "granularity": granularity, "disabled": True}
     await monitor.execute("block-dirty-bitmap-add", new)
     sources = [{"node": view.disk.node, "name": name} for name in changed]
     await monitor.execute("block-dirty-bitmap-merge", {"node": view.access, "target": _BITMAP, "bitmaps": sources})
-    return {"sync": "bitmap", "bitmap": _BITMAP, "bitmap-mode": "never"}
 
 
 async def _finish(vm: Vm, job: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from coordinator.ledger.contract import Ledger
-from coordinator.model.point import Decision
+from coordinator.model.point import Decision, SeedMember
 from coordinator.model.repository_uri import parse_repository
 from coordinator.model.task import AbandonEpoch, DecidedEpoch, EpochTask, OpenedEpoch, OpenEpoch, PublishEpoch
 from workers.access import Access
@@ -32,7 +32,8 @@ def run(task: EpochTask, ledger: Ledger, access: Access, is_over: Callable[[str]
     is_ours = decision.is_point and decision.job == task.owner
     if is_ours:
         points.published(ledger, task.repository, decision, mark)
-    return DecidedEpoch(is_point=is_ours).model_dump(mode="json")
+    told = DecidedEpoch.by(decision) if is_ours else DecidedEpoch(is_point=False)
+    return told.model_dump(mode="json")
 
 
 def _open(repository: Repository, task: OpenEpoch, is_over: Callable[[str], bool]) -> OpenedEpoch:
@@ -44,6 +45,7 @@ def _open(repository: Repository, task: OpenEpoch, is_over: Callable[[str], bool
         parents={epoch.disk: epoch.parent.epoch for epoch in epochs if epoch.parent and _is_whole(repository, epoch)},
         pins=epochs[0].pins,
         sizes={epoch.disk: member.size for epoch in epochs if (member := epoch.parent_member)},
+        seeded={epoch.disk: member.seeded for epoch in epochs if isinstance(member := epoch.parent_member, SeedMember)},
     )
 
 

@@ -139,7 +139,7 @@ def test_after_a_compare_no_bitmap_is_left_that_an_older_point_or_a_newer_one_co
 
 
 def test_a_disk_that_has_changed_its_size_is_compared() -> None:
-    rotation = rotate([tracking(7)], OWNER, 7, 8, size_changed=True)
+    rotation = rotate([tracking(7)], OWNER, 7, 8, useless="the disk has changed its size")
     assert (rotation.since, rotation.compare) == (0, "the disk has changed its size")
     assert rotation.remove == (name_of(OWNER, 7),)
 
