@@ -46,7 +46,8 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
         wanted = GroupRecord(name=checked_group(name), spec=spec)
         for other in ledger.groups():
             if other.name != name and (disk := shared_disk(wanted, other)):
-                raise RefusedError(f"{disk} is in group {other.name!r} already", "take it out of one of the two")
+                remedy = "take it out of one of the two, and let a round end that is at work on it"
+                raise RefusedError(f"{disk} is in group {other.name!r} already", remedy)
         try:
             group = changed(name, lambda known: respecified(known, spec))
         except NotFoundError:

@@ -338,8 +338,9 @@ def told(group: GroupRecord, verb: GroupVerb) -> GroupRecord:
 
 def shared_disk(one: GroupRecord, other: GroupRecord) -> str:
     """A disk that is in both groups, as VM/DISK of the first; "" if there is none. A monitor is one machine, however
-    it is called."""
-    theirs = {(m.host, m.qmp, disk) for m in other.spec.members for disk in m.disks}
+    it is called. What the other's round at work began with is still in it."""
+    specs = (other.spec, *((other.round.spec,) if other.round else ()))
+    theirs = {(m.host, m.qmp, disk) for spec in specs for m in spec.members for disk in m.disks}
     for member in one.spec.members:
         for disk in member.disks:
             if (member.host, member.qmp, disk) in theirs:

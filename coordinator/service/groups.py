@@ -9,7 +9,7 @@ from itertools import count
 
 from coordinator.ledger.contract import ConflictError, Ledger, NewEvent, Term
 from coordinator.model.errors import NotFoundError
-from coordinator.model.group import GroupRecord, Stage, share_a_machine
+from coordinator.model.group import GroupRecord, Round, Stage, share_a_machine
 from coordinator.model.job import Verb
 from coordinator.model.round import (
     Action,
@@ -58,14 +58,14 @@ class GroupControl:
         jobs = self._ledger.jobs_named(jobs_of(group))
         if group.round is None:
             return Seen(jobs)
-        busy = self._busy(group) if group.round.stage is Stage.STARTING else ""
+        busy = self._busy(group.name, group.round) if group.round.stage is Stage.STARTING else ""
         return Seen(jobs, self._ledger.newest_epoch(group.name), busy)
 
-    def _busy(self, group: GroupRecord) -> str:
-        """Guests are stopped by one group at a time."""
+    def _busy(self, name: str, begun: Round) -> str:
+        """Guests are stopped by one group at a time. Of which machines a round is was said when it began."""
         for other in self._ledger.groups():
-            is_cutting = other.round is not None and other.round.stage is Stage.CUTTING
-            if other.name != group.name and is_cutting and share_a_machine(group.spec, other.spec):
+            cutting = other.round if other.round is not None and other.round.stage is Stage.CUTTING else None
+            if other.name != name and cutting is not None and share_a_machine(begun.spec, cutting.spec):
                 return other.name
         return ""
 

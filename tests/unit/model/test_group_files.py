@@ -17,6 +17,7 @@ from coordinator.model.group import (
     GroupFile,
     GroupRecord,
     GroupSpec,
+    Round,
     respecified,
     share_a_machine,
     shared_disk,
@@ -111,6 +112,15 @@ def test_a_disk_is_known_by_its_monitor_however_its_machine_is_called() -> None:
     assert shared_disk(group(db), group(elsewhere)) == ""
     assert share_a_machine(group(db).spec, group(free).spec)
     assert not share_a_machine(group(db).spec, group(elsewhere).spec)
+
+
+def test_a_disk_is_in_a_group_until_the_round_that_began_with_it_ends() -> None:
+    db = Participant(vm="db", host="hv1", qmp="/db", disks=("vda",))
+    web = Participant(vm="web", host="hv2", qmp="/web", disks=("vda",))
+    begun = Round(id="r", spec=group(db, web).spec, begun_at=1.0)
+    left = group(web).model_copy(update={"round": begun})
+    assert shared_disk(group(db), left) == "db/vda"
+    assert shared_disk(group(db), left.model_copy(update={"round": None})) == ""
 
 
 def test_what_a_new_spec_takes_out_of_a_group_is_remembered_until_it_comes_back() -> None:

@@ -27,7 +27,7 @@ from coordinator.model.epoch import (
 )
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.model.extent import Extent, Status
-from coordinator.model.group import GroupPolicy, GroupRecord, GroupSpec, Stage
+from coordinator.model.group import GroupPolicy, GroupRecord, GroupSpec, Round, Stage
 from coordinator.model.job import State, Sync, Verb
 from coordinator.model.point import Decision, Member, Retention, SeedMember
 from coordinator.model.round import owner_of
@@ -516,6 +516,21 @@ def test_machines_of_two_groups_are_cut_one_after_the_other(world: World) -> Non
     cutting = [group.name for group in world.ledger.groups() if group.round and group.round.stage is Stage.CUTTING]
     waiting = [group.name for group in world.ledger.groups() if group.round and group.round.stage is Stage.STARTING]
     assert (len(cutting), len(waiting)) == (1, 1)
+
+
+def test_a_machine_that_is_just_being_cut_is_its_groups_until_that_ends_whatever_a_new_spec_says(world: World) -> None:
+    world.ask()
+    while world.group.round is None or world.group.round.stage is not Stage.CUTTING:
+        world.cycle()
+        world.mover(lambda: False)
+    put(world, spec=SPEC.model_copy(update={"members": MEMBERS[1:]}))
+    other = SPEC.model_copy(update={"members": MEMBERS[:1]})
+    elsewhere = SPEC.model_copy(update={"members": (MEMBERS[0].model_copy(update={"qmp": "/other"}),)})
+    begun = Round(id="r", spec=other, begun_at=world.now, stage=Stage.STARTING, number=1)
+    for name, spec in (("mail", other), ("chat", elsewhere)):
+        world.ledger.put_group(GroupRecord(name=name, spec=spec, round=begun))
+    world.cycle()
+    assert [world.ledger.group(name).round for name in ("mail", "chat")] == [begun, begun]
 
 
 def test_an_epoch_that_the_ledger_lost_ends_the_round(world: World) -> None:
