@@ -145,11 +145,14 @@ def owner_of(group: str, round_id: str) -> str:
 
 
 def _tell_rpo(group: GroupRecord, now: float) -> Keep | None:
-    """An event when the newest point becomes too old, and one when it is not any more."""
+    """An event when the newest point becomes too old, and one when it is not any more. None when it may now be of any
+    age: nothing has recovered."""
     missed = misses_rpo(group, now)
     if missed == group.rpo_missed:
         return None
     rpo, age = group.spec.policy.rpo, now - group.published_cut_at
+    if rpo == 0:
+        return Keep("has no recovery point objective any more, which it missed", _with(group, rpo_missed=False))
     facts = {"group": group.name, "epoch": group.published, "rpo_s": rpo, "age_s": round(age, 3)}
     name = EventName.RPO_MISSED if missed else EventName.RPO_RECOVERED
     told = f"has a newest point of {age:.1f} s, and may have one of {rpo:g} s"

@@ -630,6 +630,17 @@ def test_points_follow_one_another_and_a_missed_objective_is_told_once(world: Wo
     assert events(world) == ["RPO_MISSED", "RPO_RECOVERED"]
 
 
+def test_an_objective_that_is_given_up_while_it_is_missed_is_not_told_as_recovered(world: World) -> None:
+    with_policy(world, rpo=30.0)
+    put(world, published=1, published_cut_at=world.now - 40)
+    world.cycle()
+    assert world.group.rpo_missed
+    with_policy(world, rpo=0.0)
+    world.cycle()
+    assert not world.group.rpo_missed
+    assert events(world) == ["RPO_MISSED"]
+
+
 def copying(world: World) -> None:
     while not (world.group.round and world.group.round.stage is Stage.COPYING and world.ledger.jobs()[0].spec.part):
         world.cycle()
