@@ -14,7 +14,7 @@ from coordinator.api.feed import EventFeed
 from coordinator.ledger.contract import ConflictError, Ledger
 from coordinator.model.epoch import checked_group
 from coordinator.model.errors import NotFoundError, RefusedError
-from coordinator.model.group import GroupRecord, GroupSpec, GroupVerb, respecified, shared_disk, told
+from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, GroupSpec, GroupVerb, respecified, shared_disk, told
 from coordinator.model.view import CheckpointView, GroupView, view_of_checkpoint, view_of_group
 
 CAS_TRIES = 20
@@ -104,5 +104,9 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
 def _found(group: GroupRecord, request: str) -> CheckpointView:
     found = view_of_checkpoint(group, request)
     if found is None:
-        raise NotFoundError(f"nobody has asked for checkpoint {request!r} of group {group.name!r}", "ask for a new one")
+        raise NotFoundError(
+            f"checkpoint {request!r} of group {group.name!r} is among none of its last {OUTCOMES_KEPT} rounds: how it"
+            " ended is forgotten, or it was never asked for",
+            f"see flushpoint points {group.name} for what was made since, or ask for a new one",
+        )
     return found

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from coordinator.api.app import make_api
 from coordinator.api.feed import EventFeed
 from coordinator.ledger import MemoryLedger
-from coordinator.model.group import Outcome, Round
+from coordinator.model.group import OUTCOMES_KEPT, Outcome, Round
 
 MEMBER = {"vm": "db", "host": "hv1", "qmp": "/run/db.qmp", "disks": ["vda"]}
 SPEC: dict[str, Any] = {"repository": "repo+file:///r", "policy": {"freezeTimeout": "2s"}, "members": [MEMBER]}
@@ -91,6 +91,25 @@ def test_a_checkpoint_is_asked_for_and_looked_after(api: TestClient, ledger: Mem
     assert api.post("/v1/groups/shop/checkpoints", headers=headers).json() == found
     assert api.get("/v1/groups/shop/checkpoints/other").status_code == 404
     assert api.post("/v1/groups/none/checkpoints").status_code == 404
+
+
+def test_a_checkpoint_of_long_ago_is_not_said_to_have_never_been_asked_for(
+    api: TestClient, ledger: MemoryLedger
+) -> None:
+    api.put("/v1/groups/shop", json=SPEC)
+    asked = Outcome(round="r", requests=("k",), number=1, published=True, begun_at=1.0, ended_at=2.0)
+    later = asked.model_copy(update={"requests": ()})
+    group = ledger.group("shop")
+    ledger.put_group(group.model_copy(update={"outcomes": (asked, *[later] * (OUTCOMES_KEPT - 1))}))
+    assert api.get("/v1/groups/shop/checkpoints/k").json()["state"] == "published"
+    ledger.put_group(ledger.group("shop").model_copy(update={"outcomes": (later,) * OUTCOMES_KEPT}))
+    answer = api.get("/v1/groups/shop/checkpoints/k")
+    assert answer.status_code == 404
+    assert answer.json()["detail"] == (
+        "checkpoint 'k' of group 'shop' is among none of its last 20 rounds: how it ended is forgotten, or it was never"
+        " asked for"
+    )
+    assert "flushpoint points shop" in answer.json()["remedy"]
 
 
 def test_a_group_is_forgotten(api: TestClient) -> None:
