@@ -569,3 +569,25 @@ def test_version_and_help_are_data(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_loads_no_http_stack() -> None:
     program = "import sys; from flushpoint.cli import main; main(['--help']); sys.exit('httpx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=30).returncode == 0
+
+
+def test_a_time_of_day_in_a_file_of_a_group_needs_no_quotes(
+    api: FakeApi, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """To YAML 1.1 it is a number in base 60, to YAML 1.2 and editors that check the schema it is text."""
+    file = tmp_path / "group.yaml"
+    file.write_text(
+        """
+        apiVersion: flushpoint/v1
+        kind: ConsistencyGroup
+        metadata: {name: shop}
+        spec:
+          repository: repo+file:///r
+          members: [{vm: db, host: hv1, qmp: /run/db.qmp, disks: [vda]}]
+          policy:
+            speed: 1048576
+            speedWindows:
+              - {from: 22:00, to: 06:00, speed: 0}
+        """
+    )
+    assert run(capsys, "apply", "-f", str(file), "--dry-run") == (0, "shop  would be made\n", "")
