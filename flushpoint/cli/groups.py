@@ -233,13 +233,14 @@ def _told(name: str, changes: Mapping[str, list[Any]] | None, dry_run: bool) -> 
 
 
 def _table(found: list[GroupView]) -> str:
-    head = ("GROUP", "POINT", "AGE", "DOES", "MACHINES", "DISKS", "REPOSITORY")
+    head = ("GROUP", "POINT", "AGE", "RPO", "DOES", "MACHINES", "DISKS", "REPOSITORY")
     rows = [
         (
             one.name,
             str(one.point) if one.point else "-",
             output.duration_text(one.rpo_s) if one.rpo_s is not None else "-",
-            str(one.round.stage) if one.round else "-",
+            _objective(one),
+            _doing(one),
             str(len(one.spec.members)),
             str(len(one.spec.disks)),
             one.spec.repository,
@@ -247,3 +248,13 @@ def _table(found: list[GroupView]) -> str:
         for one in found
     ]
     return output.table([head, *rows])
+
+
+def _objective(group: GroupView) -> str:
+    rpo_s = group.spec.policy.rpo
+    return f"{output.duration_text(rpo_s)}{', missed' if group.rpo_missed else ''}" if rpo_s else "-"
+
+
+def _doing(group: GroupView) -> str:
+    parts = ([str(group.round.stage)] if group.round else []) + (["paused"] if group.paused else [])
+    return ", ".join(parts) or "-"

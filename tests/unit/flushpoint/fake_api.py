@@ -32,6 +32,8 @@ class FakeApi:
     address: str
     jobs: dict[str, list[JobView]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Views of groups, as the API writes them."""
     led: bool = True
     workers: dict[str, int] = field(default_factory=lambda: {"w": 2})
     warnings: list[str] = field(default_factory=list)
@@ -70,6 +72,8 @@ class FakeApi:
                     "jobs": [views[0].model_dump(mode="json") for views in self.jobs.values()],
                     "next": None,
                 }
+            case "GET", ["groups"]:
+                return 200, {"groups": self.groups}
             case "POST", ["jobs"]:
                 views = self.jobs.setdefault("feed", [JobView(id="feed", spec=JobSpec.model_validate(body))])
                 return 201, views[0].model_dump(mode="json")

@@ -591,3 +591,22 @@ def test_a_time_of_day_in_a_file_of_a_group_needs_no_quotes(
         """
     )
     assert run(capsys, "apply", "-f", str(file), "--dry-run") == (0, "shop  would be made\n", "")
+
+
+def test_the_list_of_groups_shows_which_are_paused_and_which_miss_their_objective(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = {"repository": "repo+file:///r", "members": [{"vm": "v", "host": "h", "qmp": "/q", "disks": ["a", "b"]}]}
+    late = {"name": "late", "version": 1, "spec": {**spec, "policy": {"rpo": "5s"}}, "point": 7, "rpo_s": 9.0}
+    round_ = {"id": "r", "stage": "copying", "number": 8, "begun_at": 1.0}
+    api.groups = [
+        {**late, "rpo_missed": True, "paused": True, "round": round_},
+        {"name": "rests", "version": 1, "spec": spec, "paused": True},
+        {**late, "name": "shop", "rpo_s": 2.0, "round": round_},
+    ]
+    assert run(capsys, "groups")[1].splitlines() == [
+        "GROUP  POINT  AGE    RPO            DOES             MACHINES  DISKS  REPOSITORY",
+        "late   7      9.0 s  5.0 s, missed  copying, paused  1         2      repo+file:///r",
+        "rests  -      -      -              paused           1         2      repo+file:///r",
+        "shop   7      2.0 s  5.0 s          copying          1         2      repo+file:///r",
+    ]
