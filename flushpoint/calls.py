@@ -66,6 +66,8 @@ class PointPage(BaseModel):
 
 class GroupList(BaseModel):
     groups: list[GroupView]
+    unreadable: dict[str, str]
+    """By name, why the record of a group cannot be read."""
 
 
 class Health(BaseModel):

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Header, Query, Response
 from pydantic import BaseModel
 
 from coordinator.api.feed import EventFeed
-from coordinator.ledger.contract import ConflictError, Ledger
+from coordinator.ledger.contract import ConflictError, Ledger, UnreadableGroupError
 from coordinator.model.epoch import checked_group
 from coordinator.model.errors import NotFoundError, RefusedError
 from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, GroupSpec, GroupVerb, respecified, shared_disk, told
@@ -25,6 +25,8 @@ REQUESTS = 1000
 
 class GroupList(BaseModel):
     groups: list[GroupView]
+    unreadable: dict[str, str]
+    """By name, why the record of a group cannot be read."""
 
 
 def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
@@ -57,7 +59,8 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
     @app.get("/v1/groups")
     def groups() -> GroupList:
         now = time.time()
-        return GroupList(groups=[view_of_group(group, now) for group in ledger.groups()])
+        views = [view_of_group(group, now) for group in ledger.groups()]
+        return GroupList(groups=views, unreadable=ledger.unreadable_groups())
 
     @app.get("/v1/groups/{name}")
     def group(name: str) -> GroupView:
@@ -65,11 +68,16 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
 
     @app.delete("/v1/groups/{name}", status_code=204)
     def remove(name: str) -> Response:
-        """Forget a group. Its recovery points stay where they are."""
-        known = ledger.group(name)
-        if known.round is not None:
-            raise RefusedError(f"group {name!r} is at work on a recovery point", "wait for its end")
-        ledger.remove_group(name, known.version)
+        """Forget a group. Its recovery points stay where they are. Where its record cannot be read nobody can go on
+        with what it is at work on."""
+        try:
+            known = ledger.group(name)
+            if known.round is not None:
+                raise RefusedError(f"group {name!r} is at work on a recovery point", "wait for its end")
+            version = known.version
+        except UnreadableGroupError as error:
+            version = error.version
+        ledger.remove_group(name, version)
         return Response(status_code=204)
 
     @app.post("/v1/groups/{name}/checkpoints", status_code=202)

@@ -18,6 +18,7 @@ from coordinator.ledger.contract import (
     NewUnit,
     SuspectUnit,
     Term,
+    UnreadableGroupError,
     Versioned,
 )
 from coordinator.ledger.keys import DEFAULT_PREFIX
@@ -42,6 +43,7 @@ __all__ = [
     "RedisLedger",
     "SuspectUnit",
     "Term",
+    "UnreadableGroupError",
     "Versioned",
     "open_barrier",
     "open_ledger",

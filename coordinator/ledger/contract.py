@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from coordinator.model.epoch import Epoch, EpochSpec
-from coordinator.model.errors import FlushpointError, UnavailableError
+from coordinator.model.errors import DamagedError, FlushpointError, UnavailableError
 from coordinator.model.events import EventName
 from coordinator.model.group import GroupRecord
 from coordinator.model.job import Event, JobRecord, JobSpec
@@ -35,6 +35,20 @@ class LedgerUnavailableError(UnavailableError):
 
 class ConflictError(FlushpointError):
     """The job or group changed since it was read; read it again and decide anew."""
+
+
+class UnreadableGroupError(DamagedError):
+    """The record of a group is damaged, or of another version: `why`. All that can be done with it is to remove it, in
+    `version`."""
+
+    def __init__(self, name: str, version: int, why: str) -> None:
+        super().__init__(
+            f"the record of group {name!r} cannot be read: {why}",
+            "take the version of Flushpoint that wrote it, or delete the group, whose points stay, and apply its file",
+        )
+        self.name = name
+        self.version = version
+        self.why = why
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,10 +344,13 @@ class Ledger(Protocol):
         given: DeposedError unless current. Flushed to the AOF, or not, as by `submit`."""
 
     def group(self, name: str) -> GroupRecord:
-        """NotFoundError if there is none."""
+        """NotFoundError if there is none, UnreadableGroupError."""
 
     def groups(self) -> list[GroupRecord]:
-        """All, by name."""
+        """All that can be read, by name."""
+
+    def unreadable_groups(self) -> dict[str, str]:
+        """The others: by name, why not."""
 
     def remove_group(self, name: str, version: int) -> None:
         """Forget a group, not its points. ConflictError, NotFoundError."""

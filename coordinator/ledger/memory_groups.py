@@ -48,6 +48,9 @@ class MemoryGroups:
         with self._groups_lock:
             return [self._groups[name] for name in sorted(self._groups)]
 
+    def unreadable_groups(self) -> dict[str, str]:
+        return {}
+
     def remove_group(self, name: str, version: int) -> None:
         with self._groups_lock:
             if self.group(name).version != version:

@@ -8,10 +8,10 @@ import structlog
 from pydantic import ValidationError
 
 from coordinator.ledger.connection import Server
-from coordinator.ledger.contract import ConflictError, NewEvent, Term
+from coordinator.ledger.contract import ConflictError, NewEvent, Term, UnreadableGroupError
 from coordinator.ledger.records import events_of
 from coordinator.ledger.redis_jobs import deposed, fence_of
-from coordinator.model.errors import NotFoundError
+from coordinator.model.errors import FlushpointError, NotFoundError
 from coordinator.model.group import GroupRecord
 
 log = structlog.get_logger()
@@ -23,6 +23,17 @@ def missing_group(name: str) -> NotFoundError:
 
 def group_conflict(name: str) -> ConflictError:
     return ConflictError(f"group {name!r} changed meanwhile", "do the same once more")
+
+
+def _record_of(name: str, version: str, text: str) -> GroupRecord:
+    try:
+        return GroupRecord.model_validate_json(text)
+    except ValidationError as error:
+        why = error.errors()[0]
+        place = ".".join(str(part) for part in why["loc"])
+        raise UnreadableGroupError(name, int(version), f"{place}: {why['msg']}" if place else why["msg"]) from error
+    except FlushpointError as error:  # some of what a spec is checked for
+        raise UnreadableGroupError(name, int(version), error.message) from error
 
 
 class RedisGroups:
@@ -43,19 +54,29 @@ class RedisGroups:
 
     def group(self, name: str) -> GroupRecord:
         with self._server.errors():
-            text = self._server.redis.hget(self._server.keys.group(name), "record")
-        if text is None:
+            version, text = self._server.redis.hmget(self._server.keys.group(name), "version", "record")
+        if version is None or text is None:
             raise missing_group(name)
-        return GroupRecord.model_validate_json(text)
+        return _record_of(name, version, text)
 
     def groups(self) -> list[GroupRecord]:
-        found = []
-        for text in self._server.ask("groups"):
+        found, unreadable = self._all()
+        for error in unreadable:
+            log.warning(error.message)
+        return found
+
+    def unreadable_groups(self) -> dict[str, str]:
+        return {error.name: error.why for error in self._all()[1]}
+
+    def _all(self) -> tuple[list[GroupRecord], list[UnreadableGroupError]]:
+        """By name. No group, and no job, is to suffer from one that cannot be read."""
+        found, unreadable = [], []
+        for name, version, text in sorted(self._server.ask("groups")):
             try:
-                found.append(GroupRecord.model_validate_json(text))
-            except ValidationError as error:  # of another version: no other group, and no job, is to suffer from it
-                log.warning("a group's record cannot be read", error=error.errors()[0]["msg"])
-        return sorted(found, key=lambda group: group.name)
+                found.append(_record_of(name, version, text))
+            except UnreadableGroupError as error:
+                unreadable.append(error)
+        return found, unreadable
 
     def remove_group(self, name: str, version: int) -> None:
         answer = self._server.run("remove_group", name, version)

@@ -19,6 +19,7 @@ from coordinator.ledger.contract import (
     NewEvent,
     NewUnit,
     Term,
+    UnreadableGroupError,
 )
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
 from coordinator.model.step import next_step
@@ -184,8 +185,8 @@ class ControlLoop:
         except ConflictError:
             return []
         except ValidationError as error:
-            return [f"group {name} has a record that cannot be read: {error.errors()[0]['msg']}"]
-        except RefusedError as error:
+            return [f"group {name} has a job whose record cannot be read: {error.errors()[0]['msg']}"]
+        except (RefusedError, UnreadableGroupError) as error:
             return [f"group {name} cannot go on: {error.message}"]
 
     def _visit_safely(self, job_id: str, term: Term) -> list[str]:

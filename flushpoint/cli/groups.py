@@ -66,11 +66,13 @@ def apply(
 def groups(as_json: output.JsonOption = False) -> None:
     """List all groups."""
     with session.connect() as client:
-        found = client.groups().groups
+        found = client.groups()
     if as_json:
-        output.write_json({"groups": [one.model_dump(mode="json") for one in found]})
-    else:
-        print(_table(found))
+        output.write_json(found.model_dump(mode="json"))
+        return
+    print(_table(found.groups))
+    for name, why in found.unreadable.items():
+        output.say(f"the record of group {name} cannot be read: {why}; flushpoint delete {name} removes it")
 
 
 def group(name: GroupArgument, as_json: output.JsonOption = False) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from fastapi.testclient import TestClient
 from redis import Redis
 
+from coordinator.api.app import make_api
+from coordinator.api.feed import EventFeed
 from coordinator.ledger import GROUP_WAKE, ConflictError, DeposedError, Ledger, NewEvent, RedisLedger, Term
 from coordinator.model.epoch import Participant
 from coordinator.model.errors import NotFoundError
@@ -101,16 +105,46 @@ def test_jobs_are_found_by_their_names_those_that_there_are(ledger: Ledger) -> N
     assert ledger.jobs_named([]) == {}
 
 
-def test_a_record_that_cannot_be_read_hides_no_other(valkey_url: str) -> None:
-    """Of another version, say: the leader goes on, and rings for all jobs."""
+@pytest.fixture(
+    params=[
+        "{",
+        '{"name":"mail","spec":null}',
+        '{"name":"mail","spec":{"repository":"tape:/r","members":[{"vm":"v","host":"h","qmp":"/q","disks":["a"]}]}}',
+    ],
+    ids=["damaged", "other", "refused"],
+)
+def with_unreadable(request: pytest.FixtureRequest, valkey_url: str) -> Iterator[RedisLedger]:
+    """A ledger with the group shop, and one called mail whose record was damaged or is of another version."""
     prefix = f"{secrets.token_hex(4)}:"
     with closing(RedisLedger(valkey_url, prefix=prefix)) as ledger, closing(Redis.from_url(valkey_url)) as redis:
         ledger.put_group(SHOP)
-        redis.hset(f"{prefix}group:mail", mapping={"version": 1, "record": '{"name":"mail","spec":null}'})
+        redis.hset(f"{prefix}group:mail", mapping={"version": 3, "record": request.param})
         redis.sadd(f"{prefix}group_names", "mail")
-        rung: list[int] = []
-        control = ControlLoop(ledger, Settings(cycle_s=0.01, leader_ttl_s=5), lambda: rung.append(1))
-        control.cycle()
-        control.cycle()
-        assert [group.name for group in ledger.groups()] == ["shop"]
-        assert len(rung) == 2
+        yield ledger
+
+
+def test_a_record_that_cannot_be_read_hides_no_other(with_unreadable: RedisLedger) -> None:
+    """Of another version, say: the leader goes on, and rings for all jobs."""
+    ledger = with_unreadable
+    rung: list[int] = []
+    control = ControlLoop(ledger, Settings(cycle_s=0.01, leader_ttl_s=5), lambda: rung.append(1))
+    control.cycle()
+    control.cycle()
+    assert [group.name for group in ledger.groups()] == ["shop"]
+    assert list(ledger.unreadable_groups()) == ["mail"]
+    assert len(rung) == 2
+
+
+def test_a_group_whose_record_cannot_be_read_is_listed_with_its_error_and_can_be_removed(
+    with_unreadable: RedisLedger,
+) -> None:
+    with TestClient(make_api(with_unreadable, lambda: True, EventFeed(with_unreadable))) as api:
+        listed = api.get("/v1/groups").json()
+        assert [group["name"] for group in listed["groups"]] == ["shop"]
+        (why,) = listed["unreadable"].values()
+        answer = api.get("/v1/groups/mail")
+        assert answer.json()["code"] == "damaged"
+        assert answer.json()["detail"] == f"the record of group 'mail' cannot be read: {why}"
+        assert api.delete("/v1/groups/mail").status_code == 204
+        assert api.get("/v1/groups").json()["unreadable"] == {}
+        assert api.get("/v1/groups/mail").status_code == 404

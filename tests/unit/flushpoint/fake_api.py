@@ -34,6 +34,7 @@ class FakeApi:
     events: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     """Views of groups, as the API writes them."""
+    unreadable_groups: dict[str, str] = field(default_factory=dict)
     led: bool = True
     workers: dict[str, int] = field(default_factory=lambda: {"w": 2})
     warnings: list[str] = field(default_factory=list)
@@ -73,7 +74,7 @@ class FakeApi:
                     "next": None,
                 }
             case "GET", ["groups"]:
-                return 200, {"groups": self.groups}
+                return 200, {"groups": self.groups, "unreadable": self.unreadable_groups}
             case "POST", ["jobs"]:
                 views = self.jobs.setdefault("feed", [JobView(id="feed", spec=JobSpec.model_validate(body))])
                 return 201, views[0].model_dump(mode="json")

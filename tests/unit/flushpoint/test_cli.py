@@ -610,3 +610,13 @@ def test_the_list_of_groups_shows_which_are_paused_and_which_miss_their_objectiv
         "rests  -      -      -              paused           1         2      repo+file:///r",
         "shop   7      2.0 s  5.0 s          copying          1         2      repo+file:///r",
     ]
+
+
+def test_a_group_whose_record_cannot_be_read_is_named_beside_the_list(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.unreadable_groups = {"mail": "Invalid JSON"}
+    code, out, err = run(capsys, "groups")
+    assert (code, out.count("\n")) == (0, 1)
+    assert err.endswith("record of group mail cannot be read: Invalid JSON; flushpoint delete mail removes it\n")
+    assert json.loads(run(capsys, "groups", "--json")[1]) == {"groups": [], "unreadable": api.unreadable_groups}
