@@ -21,6 +21,8 @@ from coordinator.model.point import Retention
 from coordinator.model.repository_uri import parse_repository
 
 OUTCOMES_KEPT = 20
+FAILED_JOBS_KEPT = 10
+"""Of a group: they take places of users' own jobs among those that the ledger keeps."""
 LONGEST_HOLD_S = 1800.0
 """Nobody renews the epoch's hold in the repository while views are held: this has to be far less than an hour."""
 _DURATION = re.compile(r"(?P<n>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h|d)")
@@ -287,6 +289,8 @@ class GroupRecord(BaseModel):
     """Disks that were taken out of the group since its newest point, and may have bitmaps of it."""
     done_with: tuple[str, ...] = ()
     """Jobs of the last round, which nobody needs any more."""
+    failed: tuple[str, ...] = ()
+    """Jobs that failed, oldest first, for people to look at; the last few."""
     paused: bool = False
     """No round is begun, and the copies of one that is at work rest."""
     cancelled: str = ""

@@ -7,14 +7,14 @@ All or nothing: whatever one disk or one machine fails at ends the round, and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any
 
 from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, Phase
 from coordinator.model.events import EventName
-from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage
+from coordinator.model.group import FAILED_JOBS_KEPT, OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage
 from coordinator.model.job import JobRecord, JobSpec, State, Sync
 from coordinator.model.point import Decision, MachineCut, Member, SeedMember
 from coordinator.model.repository_uri import parse_repository
@@ -169,8 +169,8 @@ def _prune(group: GroupRecord, seen: Seen, now: float) -> Action | None:
             return Submit({group.prune_job: JobSpec(task=task)})
         if job.state is not State.CONCLUDED:
             return None
-        done_with = (*group.done_with, job.id) if _succeeded(job) else group.done_with
-        return Keep("has removed what no rule keeps", _with(group, prune_job="", done_with=done_with))
+        told = "has removed what no rule keeps" if _succeeded(job) else f"could not prune: {_failure(job)}"
+        return Keep(told, _with(_put_away(group, [job]), prune_job=""))
     if not prune_is_due(group, now):
         return None
     job_id = f"prune-{group.name}-{group.published}"
@@ -355,11 +355,12 @@ _STAGES = {
 
 
 def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
-    """Published by whichever job found its manifest; jobs of a round that failed are left for people to look at."""
+    """Published by whichever job found its manifest."""
     jobs = [seen.jobs.get(job_id) for job_id in (_job(at_work, "publish"), _end_job(at_work))]
     decided = next((found for job in jobs if job is not None and (found := _decided(job)) and found.is_point), None)
     if decided is not None:
         return _published(group, at_work, seen, decided, now)
+    group = _put_away(group, _rounds_own(group, seen))
     aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
     outcome = _outcome(at_work, now).model_copy(update={"requests": at_work.requests, "why": at_work.why})
     return Keep(
@@ -372,10 +373,9 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
 def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedEpoch, now: float) -> Keep:
     """A point for whoever asked, if it has every disk; one that the group's age is told by, if it has those that the
     point before had; else a step on the way there."""
-    there = tuple(job_id for job_id in jobs_of(group) if job_id in seen.jobs and job_id != group.prune_job)
+    group = _put_away(group, _rounds_own(group, seen))
     changes: dict[str, Any] = {
         "round": None,
-        "done_with": there,
         "leaving": tuple(one for one in group.leaving if one not in at_work.leaving),
         "seeding": decided.seeding,
     }
@@ -406,6 +406,18 @@ def _outcome(at_work: Round, now: float) -> Outcome:
         begun_at=at_work.begun_at,
         ended_at=now,
     )
+
+
+def _put_away(group: GroupRecord, jobs: Iterable[JobRecord]) -> GroupRecord:
+    """Those that failed are left for people to look at, the last few: they take places of users' jobs."""
+    over = {job.id: job.failed for job in jobs}
+    failed = tuple(dict.fromkeys((*group.failed, *(job_id for job_id in over if over[job_id]))))
+    gone = (*failed[:-FAILED_JOBS_KEPT], *(job_id for job_id in over if not over[job_id]))
+    return _with(group, failed=failed[-FAILED_JOBS_KEPT:], done_with=(*group.done_with, *gone))
+
+
+def _rounds_own(group: GroupRecord, seen: Seen) -> list[JobRecord]:
+    return [job for job_id, job in seen.jobs.items() if job_id != group.prune_job]
 
 
 def _end(group: GroupRecord, at_work: Round, why: str, now: float) -> Keep:

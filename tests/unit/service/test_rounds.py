@@ -27,7 +27,7 @@ from coordinator.model.epoch import (
 )
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.model.extent import Extent, Status
-from coordinator.model.group import GroupPolicy, GroupRecord, GroupSpec, Round, Stage
+from coordinator.model.group import FAILED_JOBS_KEPT, GroupPolicy, GroupRecord, GroupSpec, Round, Stage
 from coordinator.model.job import State, Sync, Verb
 from coordinator.model.point import Decision, Member, Retention, SeedMember
 from coordinator.model.round import owner_of
@@ -684,6 +684,38 @@ def test_the_limit_of_a_group_reaches_the_copies_that_are_at_work(world: World) 
     with_policy(world, speed=12345)
     world.cycle()
     assert {job.speed for job in world.ledger.jobs() if job.spec.part} == {12345}
+
+
+def test_of_rounds_that_fail_again_and_again_a_few_failed_jobs_are_kept_for_people_to_look_at(world: World) -> None:
+    """Users' own jobs are not to be pushed out by them."""
+    failed: list[str] = []
+    for _ in range(FAILED_JOBS_KEPT + 2):
+        world.ask()
+        copying(world)
+        assert world.mover(lambda: True)
+        failed += [job.id for job in world.ledger.jobs() if job.fatal and job.id not in failed]
+        world.settle()
+    assert len(failed) == FAILED_JOBS_KEPT + 2
+    assert {job.id for job in world.ledger.jobs()} == set(failed[-FAILED_JOBS_KEPT:])
+    world.ask()
+    world.settle()
+    assert world.group.published
+    assert len(world.ledger.jobs()) == FAILED_JOBS_KEPT
+
+
+def test_of_prunes_that_fail_again_and_again_a_few_are_kept(world: World) -> None:
+    with_policy(world, retention=Retention(last=2))
+    for _ in range(FAILED_JOBS_KEPT + 2):
+        world.ask()
+        world.now += 100
+        while not world.group.prune_job:
+            world.step()
+            world.cycle()
+        assert world.mover(lambda: True)
+        while world.group.prune_job:
+            world.cycle()
+    world.settle()
+    assert len(world.prunes()) == len(world.ledger.jobs()) == FAILED_JOBS_KEPT
 
 
 def test_a_round_that_its_user_cancels_leaves_no_point(world: World) -> None:
