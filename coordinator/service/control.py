@@ -22,6 +22,7 @@ from coordinator.ledger.contract import (
     UnreadableGroupError,
 )
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
+from coordinator.model.job import State
 from coordinator.model.step import next_step
 from coordinator.service.groups import GroupControl
 from coordinator.settings import Settings
@@ -30,6 +31,8 @@ log = structlog.get_logger()
 
 STEPS_A_VISIT = 16
 """A job takes several steps in one visit (settled, ready, waiting, pending, concluded); this bounds a mistake."""
+WAKES_A_CYCLE = 100
+"""Answered before doorbells are rung and the term is renewed."""
 
 
 class ControlLoop:
@@ -124,10 +127,8 @@ class ControlLoop:
             sentences += self._sweep(term)
         else:
             woken = self._ledger.next_wake(min(self._settings.cycle_s, self._next_sweep - now))
-            if woken is not None and woken.startswith(GROUP_WAKE):
-                sentences += self._visit_group(woken.removeprefix(GROUP_WAKE), term)
-            elif woken is not None:
-                sentences += self._visit_job(woken, term)
+            if woken is not None:
+                sentences += self._visit_woken(woken, term)
         self._ring()
         return sentences
 
@@ -170,13 +171,26 @@ class ControlLoop:
                 sentences.append(f"job {job_id} is dismissed: {keep} have concluded after it")
         return sentences
 
-    def _visit_job(self, job_id: str, term: Term) -> list[str]:
-        """A job that woke us, and the group that may have waited for it."""
-        sentences = self._visit_safely(job_id, term)
+    def _visit_woken(self, first: str, term: Term) -> list[str]:
+        """All that have woken us until now: jobs, then groups, once each, for a visit of a group reads all its jobs."""
+        woken = [first]
+        while len(woken) < WAKES_A_CYCLE and (another := self._ledger.next_wake(0)) is not None:
+            woken.append(another)
+        groups = dict.fromkeys(name.removeprefix(GROUP_WAKE) for name in woken if name.startswith(GROUP_WAKE))
+        sentences = []
+        for job_id in woken:
+            if not job_id.startswith(GROUP_WAKE) and (steps := self._visit_safely(job_id, term)):
+                sentences += steps
+                if group := self._group_waiting_for(job_id):
+                    groups[group] = None
+        return sentences + [sentence for group in groups for sentence in self._visit_group(group, term)]
+
+    def _group_waiting_for(self, job_id: str) -> str:
+        """The group of a job that has come to where groups wait for theirs; "" if this is not so."""
         with contextlib.suppress(NotFoundError, ValidationError):
-            if group := self._ledger.job(job_id).job.spec.group:
-                sentences += self._visit_group(group, term)
-        return sentences
+            job = self._ledger.job(job_id).job
+            return job.spec.group if job.state in (State.PENDING, State.CONCLUDED) else ""
+        return ""
 
     def _visit_group(self, name: str, term: Term) -> list[str]:
         """One group's trouble is no other group's."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.ledger import MemoryBarrier, MemoryLedger
+from coordinator.ledger import MemoryBarrier, MemoryLedger, Versioned
 from coordinator.model.epoch import (
     CutFacts,
     DiskCopy,
@@ -28,7 +28,7 @@ from coordinator.model.epoch import (
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.group import FAILED_JOBS_KEPT, GroupPolicy, GroupRecord, GroupSpec, Round, Stage
-from coordinator.model.job import State, Sync, Verb
+from coordinator.model.job import JobRecord, State, Sync, Verb
 from coordinator.model.point import Decision, Member, Retention, SeedMember
 from coordinator.model.round import owner_of
 from coordinator.model.step import VerbArguments, apply_verb
@@ -55,12 +55,26 @@ SPEC = GroupSpec(repository="repo+file:///r", members=MEMBERS, policy=GroupPolic
 SETTINGS = Settings(cycle_s=0.0005, leader_ttl_s=5, max_attempts=2)
 
 
+class CountingLedger(MemoryLedger):
+    """Counts the records of jobs that are read."""
+
+    jobs_read = 0
+
+    def job(self, job_id: str) -> Versioned:
+        self.jobs_read += 1
+        return super().job(job_id)
+
+    def jobs_named(self, ids: Sequence[str]) -> dict[str, JobRecord]:
+        self.jobs_read += len(ids)
+        return super().jobs_named(ids)
+
+
 class World:
     """A ledger whose clock is ours, a repository of decisions, movers, agents and coordinators that may die."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
-        self.ledger = MemoryLedger(lambda: self.now)
+        self.ledger = CountingLedger(lambda: self.now)
         self.decisions: dict[int, Decision] = {}
         self.holds: dict[int, str] = {}
         self.copied: dict[int, set[str]] = {}
@@ -301,6 +315,31 @@ def test_a_checkpoint_becomes_a_point_of_all_disks(world: World) -> None:
     world.check()
 
 
+def jobs_read_by_a_round(disks: int) -> int:
+    """Whose movers do all they can between two turns of the coordinator, which only ever answers wakes."""
+    world = World()
+    member = Participant(vm="db", host="hv1", qmp="/db", disks=tuple(f"vd{n}" for n in range(disks)))
+    put(world, spec=SPEC.model_copy(update={"members": (member,)}))
+    world.control.cycle()
+    world.control._next_sweep = float("inf")
+    world.ask()
+    before = world.ledger.jobs_read
+    while not world.group.published or world.ledger.jobs():
+        while world.control.cycle():
+            pass
+        while world.mover(lambda: False):
+            pass
+        world.agent("db", lambda: False)
+    return world.ledger.jobs_read - before
+
+
+def test_a_round_of_twice_as_many_disks_reads_about_twice_as_many_jobs() -> None:
+    """Each of which wakes the leader several times."""
+    few, many = jobs_read_by_a_round(20), jobs_read_by_a_round(40)
+    assert few < 20 * 60
+    assert many < 2.2 * few
+
+
 def test_a_later_point_adds_to_the_one_before(world: World) -> None:
     world.ask()
     world.settle()
@@ -539,7 +578,7 @@ def test_an_epoch_that_the_ledger_lost_ends_the_round(world: World) -> None:
         world.cycle()
         world.mover(lambda: False)
     world.now += 3
-    lost = MemoryLedger(lambda: world.now)
+    lost = CountingLedger(lambda: world.now)
     lost.put_group(world.group.model_copy(update={"version": 0}))
     world.ledger = lost
     world.control = world.coordinator()
@@ -703,14 +742,18 @@ def test_of_rounds_that_fail_again_and_again_a_few_failed_jobs_are_kept_for_peop
     assert len(world.ledger.jobs()) == FAILED_JOBS_KEPT
 
 
+def until_pruning(world: World) -> None:
+    while not world.group.prune_job:
+        world.step()
+        world.cycle()
+
+
 def test_of_prunes_that_fail_again_and_again_a_few_are_kept(world: World) -> None:
     with_policy(world, retention=Retention(last=2))
     for _ in range(FAILED_JOBS_KEPT + 2):
         world.ask()
         world.now += 100
-        while not world.group.prune_job:
-            world.step()
-            world.cycle()
+        until_pruning(world)
         assert world.mover(lambda: True)
         while world.group.prune_job:
             world.cycle()
@@ -733,15 +776,15 @@ def test_a_round_that_its_user_cancels_leaves_no_point(world: World) -> None:
 def test_points_that_no_rule_keeps_are_pruned_by_a_job(world: World) -> None:
     with_policy(world, retention=Retention(last=2))
     world.ask()
-    world.settle()
+    until_pruning(world)
     (pruning,) = [job for job in world.ledger.jobs() if job.id.startswith("prune-")]
     task = pruning.spec.task
     assert isinstance(task, RepositoryTask)
     assert (task.kind, task.groups, task.retention.last) == (TaskKind.PRUNE, ("shop",), 2)
-    while world.mover(lambda: False):
+    assert world.mover(lambda: False)
+    while world.group.prune_job:
         world.cycle()
-    world.cycle()
-    assert world.group.prune_job == ""
+    world.settle()
     assert world.ledger.jobs() == []
 
 
