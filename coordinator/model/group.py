@@ -17,6 +17,7 @@ from pydantic.alias_generators import to_camel
 from coordinator.model.epoch import Consistency, Participant
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import parse_bytes
+from coordinator.model.mirror import Applying, MirrorSpec, MirrorState, check_targets
 from coordinator.model.point import Retention
 from coordinator.model.repository_uri import parse_repository
 
@@ -144,6 +145,9 @@ class GroupSpec(_Words):
 
     repository: str = Field(min_length=1, max_length=4096, description="s3://bucket/prefix or repo+file:///dir")
     policy: GroupPolicy = GroupPolicy()
+    mirror: MirrorSpec | None = Field(
+        default=None, description="targets; without staged the repository has the record of them alone"
+    )
     members: tuple[Participant, ...] = Field(min_length=1, max_length=1000)
 
     @model_validator(mode="after")
@@ -151,6 +155,8 @@ class GroupSpec(_Words):
         uri = parse_repository(self.repository)
         if uri.repository != uri:
             raise ValueError("the repository is named with a group, a disk or a point: leave those out")
+        if self.mirror is not None:
+            check_targets(self.mirror, self.disks)
         names = [member.vm for member in self.members]
         if len(set(names)) < len(names):
             raise ValueError(f"the machine {max(names, key=names.count)} is named twice: name all its disks at once")
@@ -168,6 +174,11 @@ class GroupSpec(_Words):
     def disks(self) -> tuple[str, ...]:
         """VM/DISK of all, in order."""
         return tuple(f"{member.vm}/{disk}" for member in self.members for disk in member.disks)
+
+    @property
+    def written_targets(self) -> dict[str, str]:
+        """Where rounds write, by VM/DISK; empty if that is the repository."""
+        return self.mirror.targets if self.mirror is not None and not self.mirror.staged else {}
 
 
 class GroupMetadata(_Words):
@@ -295,6 +306,14 @@ class GroupRecord(BaseModel):
     """No round is begun, and the copies of one that is at work rest."""
     cancelled: str = ""
     """The round that its user gave up."""
+    mirrors: dict[str, MirrorState] = Field(default_factory=dict)
+    """By VM/DISK."""
+    applying: Applying | None = None
+    """Of a group with staged targets."""
+    apply_failures: int = 0
+    """In a row."""
+    apply_at: float = 0.0
+    """When it is tried again."""
     rpo_missed: bool = False
     """What the last of RPO_MISSED and RPO_RECOVERED said."""
     pruned: int = 0
@@ -320,7 +339,9 @@ def respecified(group: GroupRecord, spec: GroupSpec) -> GroupRecord:
         gone = member.model_copy(update={"disks": disks})
         if disks and gone not in leaving:
             leaving.append(gone)
-    return group.model_copy(update={"spec": spec, "leaving": tuple(leaving)})
+    targets = spec.mirror.targets if spec.mirror is not None else {}
+    mirrors = {disk: state for disk, state in group.mirrors.items() if targets.get(disk) == state.target}
+    return group.model_copy(update={"spec": spec, "leaving": tuple(leaving), "mirrors": mirrors})
 
 
 class GroupVerb(enum.StrEnum):

@@ -122,6 +122,10 @@ class JobSpec(BaseModel):
     target: str = Field(default="", max_length=4096, description="URI or path of the copy")
     task: AnyTask | None = Field(default=None, description="instead of source and target")
     part: EpochPart | None = Field(default=None, description="of the epoch of a group, whose coordinator gives it")
+    of_group: str = Field(default="", description="the group for one of whose targets its coordinator made it")
+    adds: bool = Field(
+        default=False, description="with sync=top: the target keeps what the source does not hold, of a group's targets"
+    )
     sync: Sync = Sync.FULL
     bitmap: str | None = Field(
         default=None, max_length=1023, description="dirty bitmap, with sync=dirty or incremental"
@@ -152,6 +156,12 @@ class JobSpec(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _adds_for_a_group(self) -> Self:
+        if self.adds and (self.sync is not Sync.TOP or not self.of_group):
+            raise ValueError("adds is for groups, with sync=top: take sync=dirty or incremental")
+        return self
+
+    @model_validator(mode="after")
     def _part_goes_to_a_repository(self) -> Self:
         if self.part is not None and not is_repository(self.target):
             raise ValueError("a part of an epoch goes to a repository")
@@ -160,13 +170,14 @@ class JobSpec(BaseModel):
     @property
     def is_of_a_group(self) -> bool:
         """Only a group's coordinator makes such jobs."""
-        return self.part is not None or not (self.task is None or isinstance(self.task, RepositoryTask))
+        is_task = self.task is not None and not isinstance(self.task, RepositoryTask)
+        return self.part is not None or self.of_group != "" or is_task
 
     @property
     def group(self) -> str:
         """The group whose coordinator made this job for an epoch; "" if people did, or their tools."""
-        if self.part is not None:
-            return parse_repository(self.target).group
+        if self.part is not None or self.of_group:
+            return self.of_group or parse_repository(self.target).group
         if self.task is None or isinstance(self.task, RepositoryTask):
             return ""
         return group_of(self.task)

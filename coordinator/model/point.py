@@ -42,6 +42,25 @@ class SeedMember(Member):
     """The first bytes, as they were at the cut. What follows reads as zeroes, or as it was when it was written last."""
 
 
+class MirroredDisk(BaseModel):
+    """One disk of an epoch that went to a target of its own and not to the repository, which has the decision alone.
+    Sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    disk: str
+    target: str
+    size: int
+    seeded: int = 0
+    """The first bytes, where the target has no more of it yet; 0: it has the whole disk."""
+    sync: str
+    reason: str = ""
+    parent: int = 0
+    """The epoch that the target held before; 0: none."""
+    bytes_read: int = 0
+    bytes_sent: int = 0
+
+
 class MachineCut(BaseModel):
     """How one virtual machine of a point was cut: what the point's label is made of."""
 
@@ -102,6 +121,7 @@ class PointRecord(BaseModel):
     """Of a group of live guests."""
     seeding: tuple[PointSeed, ...] = ()
     """Without members beside them it is no point that could be restored, but a step on the way to the first."""
+    mirrors: tuple[MirroredDisk, ...] = ()
 
     def member(self, disk: str) -> PointMember | None:
         return next((m for m in self.members if m.disk == disk), None)
@@ -136,6 +156,8 @@ class Decision(BaseModel):
     members: tuple[Member, ...] = ()
     seeding: tuple[SeedMember, ...] = Field(default=(), exclude_if=lambda seeding: seeding == ())
     """Disks that it has a part of. Without members a manifest is no recovery point, but what one will be made from."""
+    mirrors: tuple[MirroredDisk, ...] = Field(default=(), exclude_if=lambda mirrors: mirrors == ())
+    """Disks that are on targets; of a tombstone those that may have been written there."""
     machines: tuple[MachineCut, ...] = Field(default=(), exclude_if=lambda machines: machines == ())
     """Of a group of live guests; not in the record, and so not in its seal, of any other."""
     spec: dict[str, Any] = Field(default_factory=dict)
@@ -158,6 +180,9 @@ class Decision(BaseModel):
     def member(self, disk: str) -> Member | None:
         return next((m for m in self.members if m.disk == disk), None)
 
+    def mirror(self, disk: str, target: str) -> MirroredDisk | None:
+        return next((m for m in self.mirrors if (m.disk, m.target) == (disk, target)), None)
+
     def base(self, disk: str) -> Member | None:
         """What the next copy of a disk builds on: all of the disk, or what was seeded so far."""
         return next((m for m in self.roots if m.disk == disk), None)
@@ -174,6 +199,7 @@ class Decision(BaseModel):
             members=tuple(PointMember.model_validate(member.model_dump()) for member in self.members),
             machines=self.machines,
             seeding=tuple(PointSeed.model_validate(member.model_dump()) for member in self.seeding),
+            mirrors=self.mirrors,
         )
 
 

@@ -6,6 +6,7 @@
 ``…?key=env:NAME``, ``file:/PATH`` or ``kms:KEY``    where the worker finds the key of an encrypted one
 ``…?endpoint=https://…&region=…&addressing=…``       an S3-compatible server (see `S3Options`)
 ``…?group=G&disk=D[&point=N]``                       one disk of a group: as a target, or of point N as a source
+``…&since=M``                                        as a source: what differs from point M, with sync top
 =================================================  =====================================================
 """
 
@@ -71,12 +72,14 @@ class RepositoryUri:
     group: str = ""
     disk: str = ""
     point: int = LATEST
+    since: int = 0
+    """An older point, from which `point` is told by what differs; 0: none."""
     s3: S3Options = S3Options()
 
     @property
     def repository(self) -> RepositoryUri:
         """The repository alone."""
-        return replace(self, group="", disk="", point=LATEST)
+        return replace(self, group="", disk="", point=LATEST, since=0)
 
     def warnings(self) -> list[str]:
         """What its user should know of how it is named, each in a sentence with what to do about it."""
@@ -95,7 +98,7 @@ class RepositoryUri:
 
     def __str__(self) -> str:
         pairs = [("key", self.key), ("group", self.group), ("disk", self.disk)]
-        pairs += [("point", str(self.point))] if self.point else []
+        pairs += [(name, str(epoch)) for name, epoch in (("point", self.point), ("since", self.since)) if epoch]
         pairs += [
             (field.name.replace("_", "-"), str(getattr(self.s3, field.name)))
             for field in fields(S3Options)
@@ -133,7 +136,7 @@ def parse_repository(text: str) -> RepositoryUri:
             raise UsageError(f"{name!r} is no name of a {what}", "letters, digits, dots, hyphens and underscores")
     if disk.count("/") > 1:
         raise UsageError(f"{disk!r} is no name of a disk", "write DISK or VM/DISK")
-    point = _point(query.pop("point", ""))
+    point, since = _point(query.pop("point", "")), _point(query.pop("since", ""))
     if parts.scheme == "s3":
         return RepositoryUri(
             "s3",
@@ -143,6 +146,7 @@ def parse_repository(text: str) -> RepositoryUri:
             group=group,
             disk=disk,
             point=point,
+            since=since,
             s3=_s3_options(query),
         )
     if parts.netloc not in ("", "localhost"):
@@ -152,7 +156,7 @@ def parse_repository(text: str) -> RepositoryUri:
     path = unquote(parts.path)
     if not path.strip("/"):
         raise UsageError("the directory of the repository is missing", _EXAMPLE)
-    return RepositoryUri("file", path=path.rstrip("/"), key=key, group=group, disk=disk, point=point)
+    return RepositoryUri("file", path=path.rstrip("/"), key=key, group=group, disk=disk, point=point, since=since)
 
 
 def is_name(text: str) -> bool:

@@ -16,7 +16,10 @@ from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, Phase
 from coordinator.model.events import EventName
 from coordinator.model.group import FAILED_JOBS_KEPT, OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage
 from coordinator.model.job import JobRecord, JobSpec, State, Sync
-from coordinator.model.point import Decision, MachineCut, Member, SeedMember
+from coordinator.model.mirror import Applying, begun, state_of, written
+from coordinator.model.mirror import decided as decided_mirrors
+from coordinator.model.mirror import is_synced as synced
+from coordinator.model.point import Decision, MachineCut, Member, MirroredDisk, SeedMember
 from coordinator.model.repository_uri import parse_repository
 from coordinator.model.schedule import LONGEST_PAUSE_S, due_at, misses_rpo, prune_is_due, speed_at
 from coordinator.model.task import (
@@ -110,11 +113,9 @@ Action = Keep | Submit | Begin | GiveUp | Retire | Cancel | Finalize | Dismiss |
 
 def jobs_of(group: GroupRecord) -> tuple[str, ...]:
     """Every job that a round of the group may have, and those that it is done with."""
-    at_work = group.round
     others = (*group.done_with, *((group.prune_job,) if group.prune_job else ()))
-    if at_work is None:
-        return others
-    return (*others, _opening_job(at_work), *_copies(at_work), _job(at_work, "publish"), _end_job(at_work))
+    applying = apply_jobs(group.applying) if group.applying is not None else {}
+    return (*others, *applying.values(), *(_jobs(group.round) if group.round is not None else ()))
 
 
 def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Action | None:
@@ -127,6 +128,8 @@ def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Ac
         return Dismiss(there) if there else Keep("has put away the jobs of its last round", _with(group, done_with=()))
     if (pruning := _prune(group, seen, now)) is not None:
         return pruning
+    if (applying := _apply(group, seen, round_id, now)) is not None:
+        return applying
     if group.round is None:
         due = due_at(group)
         is_due = bool(group.requests) or (due is not None and now >= due)
@@ -177,9 +180,74 @@ def _prune(group: GroupRecord, seen: Seen, now: float) -> Action | None:
     return Keep("removes what no rule keeps", _with(group, prune_job=job_id, pruned=group.published, pruned_at=now))
 
 
+def _apply(group: GroupRecord, seen: Seen, apply_id: str, now: float) -> Action | None:
+    """Bring the newest point to the targets, where it went to the repository first: beside all rounds, so that a target
+    that is away keeps nobody from having points. What was begun and failed is compared the next time."""
+    at_work, mirror = group.applying, group.spec.mirror
+    if at_work is None:
+        if mirror is None or not mirror.staged or group.paused or now < group.apply_at:
+            return None
+        known = {disk: state_of(group.mirrors, disk, mirror.targets[disk]) for disk in mirror.targets}
+        behind = {
+            disk: state
+            for disk, state in known.items()
+            if disk in group.covered and (state.begun or state.epoch != group.published)
+        }
+        if not behind:
+            return None
+        targets = {disk: state.target for disk, state in behind.items()}
+        since = {disk: state.epoch for disk, state in behind.items() if state.is_consistent}
+        begun_now = Applying(id=apply_id, point=group.published, targets=targets, since=since)
+        moved = _with(group, applying=begun_now)
+        return _changed(f"brings {group.name}@{group.published} to its targets", group, moved, targets, group.published)
+    jobs = {disk: seen.jobs.get(job_id) for disk, job_id in apply_jobs(at_work).items()}
+    if missing := [disk for disk, job in jobs.items() if job is None]:
+        return Submit({apply_jobs(at_work)[disk]: _apply_spec(group, at_work, disk) for disk in missing})
+    found = [job for job in jobs.values() if job is not None]
+    if (steer := _astray(group, found, now)) is not None:
+        return steer
+    if not all(job.state is State.CONCLUDED for job in found):
+        return None
+    after = _put_away(_with(group, applying=None), found)
+    if failed := [f"{disk}: {_failure(job)}" for disk, job in jobs.items() if job and not _succeeded(job)]:
+        opened = [disk for disk, job in jobs.items() if job is not None and job.disk_size]
+        again = {
+            "apply_failures": group.apply_failures + 1,
+            "apply_at": now + min(2.0**group.apply_failures, LONGEST_PAUSE_S),
+            "mirrors": written(group.mirrors, opened),
+        }
+        return Keep(f"cannot bring {group.name}@{at_work.point} to its targets: {failed[0]}", _with(after, **again))
+    done = decided_mirrors(group.mirrors, at_work.targets, at_work.point)
+    kept = _with(after, mirrors=done, apply_failures=0, apply_at=0.0)
+    return Keep(f"has brought {group.name}@{at_work.point} to its targets", kept, _mirror_events(group, kept))
+
+
+def apply_jobs(applying: Applying) -> dict[str, str]:
+    """By VM/DISK."""
+    return {disk: f"{applying.id}-apply-{number}" for number, disk in enumerate(applying.targets)}
+
+
+def _apply_spec(group: GroupRecord, applying: Applying, disk: str) -> JobSpec:
+    uri = parse_repository(group.spec.repository).repository
+    state = state_of(group.mirrors, disk, applying.targets[disk])
+    since = applying.since.get(disk, 0)
+    return JobSpec(
+        source=str(replace(uri, group=group.name, disk=disk, point=applying.point, since=since)),
+        target=state.target,
+        sync=Sync.TOP if since else Sync.INCREMENTAL if state.is_ours else Sync.FULL,
+        adds=since > 0,
+        overwrite=group.spec.mirror is not None and group.spec.mirror.overwrite,
+        of_group=group.name,
+    )
+
+
 def _steer(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Steer | None:
+    return _astray(group, [job for copy in _copies(at_work) if (job := seen.jobs.get(copy)) is not None], now)
+
+
+def _astray(group: GroupRecord, jobs: Iterable[JobRecord], now: float) -> Steer | None:
+    """Those that do not do what the group is told."""
     speed = speed_at(group.spec.policy, now)
-    jobs = [job for copy in _copies(at_work) if (job := seen.jobs.get(copy)) is not None]
     astray = [
         job.id
         for job in jobs
@@ -205,6 +273,7 @@ def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
             owner=owner_of(group.name, at_work.id),
             at_least=group.counted + 1,
             disks=at_work.spec.disks,
+            targets=at_work.spec.written_targets,
         )
         return Submit({job_id: JobSpec(task=task)})
     if job.state is not State.CONCLUDED:
@@ -261,7 +330,8 @@ def _cutting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
     assert seen.epoch is not None
     if seen.epoch.phase is not Phase.READABLE:
         return None
-    return Keep("is cut, and can be read", _moved(group, at_work, Stage.COPYING))
+    targets = at_work.spec.written_targets
+    return _changed("is cut, and can be read", group, _moved(group, at_work, Stage.COPYING), targets, at_work.number)
 
 
 def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
@@ -288,7 +358,8 @@ def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> A
     if job is None:
         if lost := _lost(at_work, seen):
             return _end(group, at_work, lost, now)
-        gone = [copy for copy in copies if copy not in seen.jobs or not seen.jobs[copy].result]
+        results = not at_work.spec.written_targets
+        gone = [copy for copy in copies if copy not in seen.jobs or (results and not seen.jobs[copy].result)]
         if gone:
             return _end(group, at_work, f"what job {gone[0]} copied is lost", now)
         assert seen.epoch is not None
@@ -331,6 +402,7 @@ def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Actio
             owner=owner_of(group.name, at_work.id),
             number=at_work.number,
             why=at_work.why,
+            mirrors=_touched(group, at_work),
         )
         return Submit({job_id: JobSpec(task=task)})
     if job is not None and job.state is not State.CONCLUDED:
@@ -360,7 +432,8 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
     decided = next((found for job in jobs if job is not None and (found := _decided(job)) and found.is_point), None)
     if decided is not None:
         return _published(group, at_work, seen, decided, now)
-    group = _put_away(group, _rounds_own(group, seen))
+    group = _put_away(group, _rounds_own(at_work, seen))
+    group = _with(group, mirrors=written(group.mirrors, _opened_targets(group, at_work, seen)))
     aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
     outcome = _outcome(at_work, now).model_copy(update={"requests": at_work.requests, "why": at_work.why})
     return Keep(
@@ -373,7 +446,7 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
 def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedEpoch, now: float) -> Keep:
     """A point for whoever asked, if it has every disk; one that the group's age is told by, if it has those that the
     point before had; else a step on the way there."""
-    group = _put_away(group, _rounds_own(group, seen))
+    before, group = group, _put_away(group, _rounds_own(at_work, seen))
     changes: dict[str, Any] = {
         "round": None,
         "leaving": tuple(one for one in group.leaving if one not in at_work.leaving),
@@ -394,7 +467,10 @@ def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedE
         outcome = outcome.model_copy(update={"is_step": True})
         outcomes = outcomes[:-1] if outcomes and outcomes[-1].is_step else outcomes
         sentence = f"has copied a further part, as {group.name}@{at_work.number}"
-    return Keep(sentence, _with(group, outcomes=(*outcomes, outcome)[-OUTCOMES_KEPT:], **changes))
+    if at_work.spec.written_targets:
+        changes["mirrors"] = decided_mirrors(group.mirrors, decided.disks, at_work.number)
+    kept = _with(group, outcomes=(*outcomes, outcome)[-OUTCOMES_KEPT:], **changes)
+    return Keep(sentence, kept, _mirror_events(before, kept))
 
 
 def _outcome(at_work: Round, now: float) -> Outcome:
@@ -416,8 +492,42 @@ def _put_away(group: GroupRecord, jobs: Iterable[JobRecord]) -> GroupRecord:
     return _with(group, failed=failed[-FAILED_JOBS_KEPT:], done_with=(*group.done_with, *gone))
 
 
-def _rounds_own(group: GroupRecord, seen: Seen) -> list[JobRecord]:
-    return [job for job_id, job in seen.jobs.items() if job_id != group.prune_job]
+def _rounds_own(at_work: Round, seen: Seen) -> list[JobRecord]:
+    return [job for job_id in _jobs(at_work) if (job := seen.jobs.get(job_id)) is not None]
+
+
+def _jobs(at_work: Round) -> tuple[str, ...]:
+    return (_opening_job(at_work), *_copies(at_work), _job(at_work, "publish"), _end_job(at_work))
+
+
+def _opened_targets(group: GroupRecord, at_work: Round, seen: Seen) -> list[str]:
+    """Disks whose targets were found fit to be written, so that some of it may have been."""
+    jobs = zip(at_work.spec.disks, _copies(at_work), strict=True)
+    touched = {mirror.disk for mirror in _touched(group, at_work)}
+    return [disk for disk, job_id in jobs if disk in touched and job_id in seen.jobs and seen.jobs[job_id].disk_size]
+
+
+def _touched(group: GroupRecord, at_work: Round) -> tuple[MirroredDisk, ...]:
+    """Targets that may have been written in this round."""
+    return tuple(
+        MirroredDisk(disk=disk, target=target, size=at_work.sizes.get(disk, 0), sync="")
+        for disk, target in at_work.spec.written_targets.items()
+        if state_of(group.mirrors, disk, target).begun == at_work.number > 0
+    )
+
+
+def _changed(sentence: str, before: GroupRecord, group: GroupRecord, targets: Mapping[str, str], number: int) -> Keep:
+    """With its targets marked before anything is written there."""
+    kept = _with(group, mirrors=begun(group.mirrors, targets, number))
+    return Keep(sentence, kept, _mirror_events(before, kept))
+
+
+def _mirror_events(before: GroupRecord, after: GroupRecord) -> tuple[tuple[EventName, Mapping[str, Any]], ...]:
+    is_synced = synced(after.mirrors)
+    if is_synced == synced(before.mirrors):
+        return ()
+    facts = {"group": after.name, "epoch": max(state.epoch for state in after.mirrors.values()), "synced": is_synced}
+    return ((EventName.MIRROR_STATE_CHANGE, facts),)
 
 
 def _end(group: GroupRecord, at_work: Round, why: str, now: float) -> Keep:
@@ -449,16 +559,20 @@ def _specs(group: GroupRecord, at_work: Round, epoch: Epoch) -> list[JobSpec]:
         copies = {copy.disk: copy for copy in epoch.reads[member.vm].copies}
         for name in member.disks:
             copy, disk = copies[name], f"{member.vm}/{name}"
-            specs.append(
-                JobSpec(
-                    source=copy.uri or copy.path,
-                    target=str(replace(uri, group=group.name, disk=disk)),
-                    sync=Sync.TOP if copy.since else Sync.FULL,
-                    source_frozen=True,
-                    auto_finalize=False,
-                    part=_part(group, at_work, epoch, disk, copy),
-                )
+            spec = JobSpec(
+                source=copy.uri or copy.path,
+                target=str(replace(uri, group=group.name, disk=disk)),
+                sync=Sync.TOP if copy.since else Sync.FULL,
+                source_frozen=True,
+                auto_finalize=False,
             )
+            if (mirror := at_work.spec.mirror) is not None and not mirror.staged:
+                target = mirror.targets[disk]
+                may = mirror.overwrite or state_of(group.mirrors, disk, target).is_ours
+                to = {"target": target, "adds": copy.since > 0, "overwrite": may, "of_group": group.name}
+                specs.append(spec.model_copy(update=to))
+            else:
+                specs.append(spec.model_copy(update={"part": _part(group, at_work, epoch, disk, copy)}))
     return specs
 
 
@@ -488,8 +602,10 @@ def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> D
         for member in at_work.spec.members
     ]
     is_quiet = all(machine.filesystem_consistent for machine in machines)
-    copies = [seen.jobs[job_id] for job_id in _copies(at_work)]
-    members = tuple(Member.model_validate_json(job.result) for job in copies if not _is_seeding(job))
+    jobs = dict(zip(at_work.spec.disks, (seen.jobs[job_id] for job_id in _copies(at_work)), strict=True))
+    parts = {disk for disk, copy in _disk_copies(at_work, epoch).items() if copy.seeded}
+    stored = {} if at_work.spec.written_targets else jobs
+    whole = jobs.keys() - parts
     return Decision(
         decision="manifest",
         repository=at_work.repository,
@@ -497,16 +613,37 @@ def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> D
         epoch=at_work.number,
         job=owner_of(group.name, at_work.id),
         cut_at=_cut_at(epoch),
-        consistency=("filesystem" if is_quiet else "crash") if members else "",
-        members=members,
-        seeding=tuple(SeedMember.model_validate_json(job.result) for job in copies if _is_seeding(job)),
+        consistency=("filesystem" if is_quiet else "crash") if whole else "",
+        members=tuple(Member.model_validate_json(job.result) for disk, job in stored.items() if disk not in parts),
+        seeding=tuple(SeedMember.model_validate_json(job.result) for disk, job in stored.items() if disk in parts),
+        mirrors=_mirrored(at_work, epoch, jobs),
         machines=tuple(machines),
         spec=at_work.spec.model_dump(mode="json", exclude_defaults=True),
     )
 
 
-def _is_seeding(job: JobRecord) -> bool:
-    return job.spec.part is not None and job.spec.part.seeded > 0
+def _mirrored(at_work: Round, epoch: Epoch, jobs: Mapping[str, JobRecord]) -> tuple[MirroredDisk, ...]:
+    copies = _disk_copies(at_work, epoch)
+    return tuple(
+        MirroredDisk(
+            disk=disk,
+            target=target,
+            size=copies[disk].size,
+            seeded=copies[disk].seeded,
+            sync=str(Sync.INCREMENTAL if copies[disk].since else Sync.FULL),
+            reason=copies[disk].reason,
+            parent=at_work.parents.get(disk, 0),
+            bytes_read=jobs[disk].bytes_read,
+            bytes_sent=jobs[disk].bytes_sent,
+        )
+        for disk, target in at_work.spec.written_targets.items()
+    )
+
+
+def _disk_copies(at_work: Round, epoch: Epoch) -> dict[str, DiskCopy]:
+    """By VM/DISK."""
+    reads = ((member.vm, copy) for member in at_work.spec.members for copy in epoch.reads[member.vm].copies)
+    return {f"{vm}/{copy.disk}": copy for vm, copy in reads}
 
 
 def _cut_at(epoch: Epoch) -> float:

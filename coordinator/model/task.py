@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from coordinator.model.point import Decision, Retention
+from coordinator.model.point import Decision, MirroredDisk, Retention
 from coordinator.model.repository_uri import is_key_reference, parse_repository
 
 
@@ -93,6 +93,8 @@ class OpenEpoch(BaseModel):
     """Its number must not be less: the ledger has counted so far."""
     disks: tuple[str, ...] = Field(min_length=1)
     """VM/DISK."""
+    targets: dict[str, str] = Field(default_factory=dict)
+    """Where each of them goes, of a group whose disks do not go to the repository."""
 
 
 class OpenedEpoch(BaseModel):
@@ -134,6 +136,8 @@ class AbandonEpoch(BaseModel):
     owner: str
     number: int
     why: str
+    mirrors: tuple[MirroredDisk, ...] = ()
+    """Disks whose targets may have been written."""
 
 
 class DecidedEpoch(BaseModel):
@@ -150,11 +154,14 @@ class DecidedEpoch(BaseModel):
 
     @classmethod
     def by(cls, decision: Decision) -> Self:
+        seeding = {disk.disk: (disk.seeded, disk.size) for disk in decision.seeding}
+        seeding |= {disk.disk: (disk.seeded, disk.size) for disk in decision.mirrors if disk.seeded}
+        there = [disk.disk for disk in decision.members] + [disk.disk for disk in decision.mirrors]
         return cls(
             is_point=decision.is_point,
             cut_at=decision.cut_at,
-            disks=tuple(member.disk for member in decision.members),
-            seeding={member.disk: (member.seeded, member.size) for member in decision.seeding},
+            disks=tuple(disk for disk in there if disk not in seeding),
+            seeding=seeding,
         )
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from coordinator.model.group import GroupRecord, GroupSpec, Outcome, Stage
 from coordinator.model.job import JobRecord
+from coordinator.model.mirror import MirrorState
 
 
 class JobView(JobRecord):
@@ -49,6 +50,8 @@ class GroupView(BaseModel):
     paused: bool = False
     seeding: dict[str, tuple[int, int]] = {}
     """VM/DISK of those that are in no point yet: (how many bytes are copied, and how many it has)."""
+    mirrors: dict[str, MirrorState] = {}
+    """By VM/DISK, what targets hold."""
     round: RoundView | None = None
     outcomes: tuple[Outcome, ...] = ()
     """Of the last rounds, oldest first."""
@@ -92,6 +95,7 @@ def view_of_group(group: GroupRecord, now: float) -> GroupView:
         rpo_missed=group.rpo_missed,
         paused=group.paused,
         seeding=group.seeding,
+        mirrors=group.mirrors,
         round=RoundView.model_validate(at_work.model_dump(include=set(RoundView.model_fields))) if at_work else None,
         outcomes=group.outcomes,
     )

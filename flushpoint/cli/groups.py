@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError, UsageError
 from coordinator.model.group import GroupFile, GroupSpec
+from coordinator.model.mirror import MirrorState
 from coordinator.model.view import CheckpointState, CheckpointView, GroupView
 from flushpoint.cli import output, session
 
@@ -83,6 +84,8 @@ def group(name: GroupArgument, as_json: output.JsonOption = False) -> None:
         output.write_json(found.model_dump(mode="json"))
         return
     print(_table([found]))
+    for disk, state in found.mirrors.items():
+        print(f"  {disk} at {state.target}: {_held(name, state)}")
     for disk, (done, size) in found.seeding.items():
         print(f"  seeding {disk}: {output.size_text(done)} of {output.size_text(size)}")
     for member in found.spec.members:
@@ -223,6 +226,12 @@ def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"members[{member['vm']}]", {k: v for k, v in member.items() if k != "vm"})
     else:
         yield place, value
+
+
+def _held(name: str, state: MirrorState) -> str:
+    if state.is_consistent:
+        return f"{name}@{state.epoch}"
+    return f"INCONSISTENT, some of {name}@{state.begun} over {f'{name}@{state.epoch}' if state.epoch else 'nothing'}"
 
 
 def _told(name: str, changes: Mapping[str, list[Any]] | None, dry_run: bool) -> str:

@@ -193,7 +193,7 @@ def test_a_disk_that_cannot_be_staged_leaves_no_view_of_any(
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("step", ["add_image", "_what", "_finish"])
+@pytest.mark.parametrize("step", ["add_image", "_windows", "_finish"])
 def test_a_staging_that_is_cancelled_leaves_nothing_in_the_guest(
     guest: LiveGuest, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -138,7 +138,7 @@ class Disks:
 
     def _source_uri(self, job: JobRecord) -> DiskUri:
         uri = _source_uri(job)
-        if job.spec.part is None or uri.kind != "nbd" or not self._relay_tls_dir:
+        if not job.spec.group or uri.kind != "nbd" or not self._relay_tls_dir:
             return uri
         relay = Endpoint.parse(uri.nbd_uri)
         if relay.tls is None:
@@ -154,7 +154,7 @@ class Disks:
             self.access,
             overwrite=job.spec.overwrite,
             create=create,
-            keep=job.spec.sync in (Sync.DIRTY, Sync.INCREMENTAL) or job.pass_number > 1,
+            keep=job.spec.sync in (Sync.DIRTY, Sync.INCREMENTAL) or job.spec.adds or job.pass_number > 1,
             limits=self.limits,
         )
 

@@ -38,6 +38,8 @@ def run(task: EpochTask, ledger: Ledger, access: Access, is_over: Callable[[str]
 
 def _open(repository: Repository, task: OpenEpoch, is_over: Callable[[str], bool]) -> OpenedEpoch:
     owner = located(task.owner)
+    if task.targets:
+        return _open_mirrors(repository, task, owner, is_over)
     epochs = open_epochs(repository, task.group, task.disks, owner, is_over, task.at_least)
     return OpenedEpoch(
         repository=repository.id,
@@ -46,6 +48,29 @@ def _open(repository: Repository, task: OpenEpoch, is_over: Callable[[str], bool
         pins=epochs[0].pins,
         sizes={epoch.disk: member.size for epoch in epochs if (member := epoch.parent_member)},
         seeded={epoch.disk: member.seeded for epoch in epochs if isinstance(member := epoch.parent_member, SeedMember)},
+    )
+
+
+def _open_mirrors(repository: Repository, task: OpenEpoch, owner: str, is_over: Callable[[str], bool]) -> OpenedEpoch:
+    """The same where disks go to targets: each builds on what its own target holds."""
+
+    def has(point: Decision, disk: str) -> bool:
+        return point.mirror(disk, task.targets[disk]) is not None
+
+    epochs = open_epochs(repository, task.group, task.disks, owner, is_over, task.at_least, has)
+    held = {
+        epoch.disk: mirror
+        for epoch in epochs
+        if epoch.parent and (mirror := epoch.parent.mirror(epoch.disk, task.targets[epoch.disk]))
+    }
+    sure = [epoch for epoch in epochs if not epoch.may_have_newer_parent]
+    return OpenedEpoch(
+        repository=repository.id,
+        number=epochs[0].number,
+        parents={epoch.disk: epoch.parent.epoch for epoch in sure if epoch.parent},
+        pins=epochs[0].pins,
+        sizes={disk: mirror.size for disk, mirror in held.items()},
+        seeded={disk: mirror.seeded for disk, mirror in held.items() if mirror.seeded},
     )
 
 
@@ -67,4 +92,4 @@ def _publish(repository: Repository, task: PublishEpoch) -> Decision:
 
 
 def _abandon(repository: Repository, task: AbandonEpoch) -> Decision:
-    return abandon(repository, task.group, task.number, task.why)
+    return abandon(repository, task.group, task.number, task.why, task.mirrors)

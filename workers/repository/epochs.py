@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from coordinator.model.errors import RefusedError
-from coordinator.model.point import Decision, Member
+from coordinator.model.point import Decision, Member, MirroredDisk
 from workers.failpoint import pass_point
 from workers.repository.decisions import DamagedDecisionError, Group, Hold
 from workers.repository.layout import DamageError, hold_key, root_key
@@ -97,19 +97,21 @@ def open_epochs(
     owner: str,
     is_over: Callable[[str], bool],
     at_least: int = 1,
+    has: Callable[[Decision, str], bool] = lambda point, disk: point.base(disk) is not None,
 ) -> list[Epoch]:
     """Announce the group's next epoch, whose number is not less than `at_least`; as each of its disks sees it.
     RefusedError while somebody else writes one.
 
     `is_over` says of an owner whether its job is known to have ended: its epoch is then abandoned at once, any other's
-    only when its hold was not renewed for HOLD_TTL_S. A hold of `owner` itself is taken up again.
+    only when its hold was not renewed for HOLD_TTL_S. A hold of `owner` itself is taken up again. `has` says of a point
+    whether a disk can build on it.
     """
     decisions = repository.decisions
     seen = decisions.group(group)
     holds = decisions.holds_of_epochs(group)
     for hold in holds:
         if _are_one(hold.owner, owner) and not seen.is_decided(hold.epoch):
-            return _taken_up(repository, seen, hold, disks, owner)
+            return _taken_up(repository, seen, hold, disks, owner, has)
         if not seen.is_decided(hold.epoch) and not hold.is_stale and not is_over(hold.owner):
             raise _busy(repository, hold)
         if seen.is_decided(hold.epoch):  # perhaps by what is damaged now
@@ -118,7 +120,7 @@ def open_epochs(
             abandon(repository, group, hold.epoch, f"given up: {hold.owner} wrote it and has ended or fallen silent")
     number = max([seen.newest + 1, at_least, *(h.epoch + 1 for h in holds)])
     for _ in range(PARENTS):
-        parents, damaged = _newest_with(repository, seen, disks)
+        parents, damaged = _newest_with(repository, seen, disks, has)
         pins = _pins(parents)
         epochs = [Epoch(group, number, disk, owner, parents.get(disk), pins) for disk in disks]
         announced = epochs[0].hold()
@@ -154,7 +156,14 @@ def reopen(
     return Epoch(group, number, disk, owner, parent, kept)
 
 
-def _taken_up(repository: Repository, seen: Group, hold: Hold, disks: Sequence[str], owner: str) -> list[Epoch]:
+def _taken_up(
+    repository: Repository,
+    seen: Group,
+    hold: Hold,
+    disks: Sequence[str],
+    owner: str,
+    has: Callable[[Decision, str], bool],
+) -> list[Epoch]:
     """Of the points that the hold keeps, each disk stands on the newest that has it."""
     now = repository.decisions.about(hold.group, hold.epoch, *hold.points)
     if not set(hold.points) <= set(now.present()):
@@ -164,9 +173,9 @@ def _taken_up(repository: Repository, seen: Group, hold: Hold, disks: Sequence[s
     held = [repository.decisions.decision(hold.group, point) for point in sorted(hold.points)]
     epochs = []
     for disk in disks:
-        having = [point for point in held if point is not None and point.base(disk) is not None]
+        having = [point for point in held if point is not None and has(point, disk)]
         epochs.append(Epoch(hold.group, hold.epoch, disk, owner, having[-1] if having else None, hold.points))
-    _, damaged = _newest_with(repository, seen, disks)
+    _, damaged = _newest_with(repository, seen, disks, has)
     return _missing(epochs, damaged, now)
 
 
@@ -221,8 +230,11 @@ def publish(repository: Repository, epoch: Epoch, decision: Decision) -> Decisio
     return decided
 
 
-def abandon(repository: Repository, group: str, number: int, why: str) -> Decision:
-    """End an epoch without result, unless it was published: what is decided is returned."""
+def abandon(
+    repository: Repository, group: str, number: int, why: str, mirrors: tuple[MirroredDisk, ...] = ()
+) -> Decision:
+    """End an epoch without result, unless it was published: what is decided is returned. `mirrors` may have been
+    written."""
     tombstone = Decision(
         decision="tombstone",
         repository=repository.id,
@@ -230,6 +242,7 @@ def abandon(repository: Repository, group: str, number: int, why: str) -> Decisi
         epoch=number,
         decided_at=time.time(),
         why=why,
+        mirrors=mirrors,
     )
     decided = repository.decisions.decide(tombstone)
     repository.decisions.let_go(f"epoch-{group}-{number:010d}")
@@ -237,7 +250,7 @@ def abandon(repository: Repository, group: str, number: int, why: str) -> Decisi
 
 
 def _newest_with(
-    repository: Repository, group: Group, disks: Sequence[str]
+    repository: Repository, group: Group, disks: Sequence[str], has: Callable[[Decision, str], bool]
 ) -> tuple[dict[str, Decision], dict[str, int]]:
     """By disk, the newest point of it that can be read, and the newest damaged decision after that (0: none)."""
     parents: dict[str, Decision] = {}
@@ -248,7 +261,7 @@ def _newest_with(
                 continue
             if isinstance(found, DamagedDecisionError):
                 damaged[disk] = max(damaged[disk], found.epoch)
-            elif found.base(disk) is not None:
+            elif has(found, disk):
                 parents[disk] = found
         if len(parents) == len(damaged):
             break

@@ -40,6 +40,7 @@ MAP_PAGES = 4
 different packs, so that whoever reads in order comes back to each span again and again."""
 MAPS = 128
 PAGES = 16
+PAGE_BYTES = SEGMENTS_A_PAGE * SEGMENT_BYTES
 STREAM_BYTES = 64 * 1024 * 1024
 """The longest streamed request. SeaweedFS spends half as much again on the same bytes in requests of 8 MiB."""
 STREAM_BLOCKS = 16
@@ -207,6 +208,33 @@ class PointDisk:
             yield from _extents_of(locating.result(), start, offset)
         if offset < end:
             yield Extent(offset, end - offset, Status.HOLE)
+
+    def changes(self, since: PointDisk, offset: int, length: int) -> Iterator[Extent]:
+        """Of the range what may differ from the disk as it was at another point; sorted, the rest is left out. Maps are
+        fetched where their digests differ, so it costs what was changed and not what there is."""
+        end = min(offset + length, self.size)
+        for number in range(offset // PAGE_BYTES, -(-end // PAGE_BYTES)):
+            if self._root.pages[number : number + 1] == since._root.pages[number : number + 1]:
+                continue
+            ours, theirs = self._page_or_none(number), since._page_or_none(number)
+            for segment in sorted(ours.keys() | theirs.keys()):
+                start, stop = max(offset, segment * SEGMENT_BYTES), min(end, (segment + 1) * SEGMENT_BYTES)
+                now, then = ours.get(segment), theirs.get(segment)
+                if start >= stop or (now and then and now.digest == then.digest):
+                    continue
+                yield from self._changed_blocks(since, segment, start, stop)
+
+    def _page_or_none(self, number: int) -> Page:
+        return self._page(number) if number < len(self._root.pages) else {}
+
+    def _changed_blocks(self, since: PointDisk, segment: int, start: int, stop: int) -> Iterator[Extent]:
+        ours, theirs = self.runs(segment) or (), since.runs(segment) or ()
+        first = segment * BLOCKS_A_SEGMENT
+        for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
+            now, then = (runs[block - first] if block - first < len(runs) else None for runs in (ours, theirs))
+            if (now.digest if now else None) != (then.digest if then else None):
+                at, after = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
+                yield Extent(at, after - at, Status.DATA if now else Status.ZERO)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset`. DamageError, StoreError; what the buffer then holds is undefined."""

@@ -18,7 +18,7 @@ from workers.access import Access
 from workers.nbd.endpoint import Endpoint
 from workers.repository.decisions import HOLD_RENEW_S
 from workers.repository.layout import DamageError
-from workers.repository.reader import Write
+from workers.repository.reader import PointDisk, Write
 from workers.repository.repository import Repository
 from workers.sources.identity import Identity
 
@@ -39,9 +39,11 @@ class RepositorySource:
 
     def __init__(self, uri: RepositoryUri, sync: Sync, access: Access) -> None:
         """NotFoundError for a point or disk that there is not; errors of `Repository.open` otherwise."""
-        if sync in (Sync.DIRTY, Sync.TOP):
+        if sync is Sync.DIRTY or (sync is Sync.TOP) != (uri.since > 0):
             raise RefusedError(
-                f"a recovery point has no {'bitmaps' if sync is Sync.DIRTY else 'backing files'}",
+                f"a recovery point has no {'bitmaps' if sync is Sync.DIRTY else 'backing files'}"
+                if not uri.since
+                else "what differs from another point goes with sync top",
                 "use --sync full, or incremental to write only what differs",
             )
         if not uri.group:
@@ -56,6 +58,7 @@ class RepositorySource:
             raise
         try:
             self._disk = self._repository.disk(point, uri.disk)
+            self._since = self._older(uri) if uri.since else None
         except BaseException:
             self._leave()
             raise
@@ -71,7 +74,10 @@ class RepositorySource:
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         try:
-            yield from merge_adjacent(self._disk.extents(offset, length))
+            if self._since is not None:
+                yield from merge_adjacent(self._disk.changes(self._since, offset, length))
+            else:
+                yield from merge_adjacent(self._disk.extents(offset, length))
         except FlushpointError as error:
             raise _read_error(error, offset, length) from error
 
@@ -110,6 +116,15 @@ class RepositorySource:
             return
         self._closed = True
         self._leave()
+
+    def _older(self, uri: RepositoryUri) -> PointDisk:
+        """The disk as it was at the point that is told by what differs from it, held as well."""
+        self._hold = self._hold.model_copy(update={"points": (uri.since, *self._hold.points)})
+        self._repository.decisions.hold(self._hold)
+        older = self._repository.disk(self._repository.decisions.point(uri.group, uri.since), self._disk.name)
+        if older.size != self._disk.size:
+            raise RefusedError(f"{self._disk.name} had another size at point {uri.since}", "copy all of it")
+        return older
 
     def _leave(self) -> None:
         with contextlib.suppress(FlushpointError):  # it goes stale by itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +11,17 @@ import pytest
 import zstandard
 
 from coordinator.model.errors import RefusedError
-from coordinator.model.extent import BLOCK_BYTES, Extent, Status
-from tests.repositories import DISK, BytesSource, Written, local_uri, make_repository, publish_epoch, read_point
+from coordinator.model.extent import BLOCK_BYTES, SEGMENT_BYTES, Extent, Status
+from tests.repositories import (
+    DISK,
+    BytesSource,
+    Written,
+    backup,
+    local_uri,
+    make_repository,
+    publish_epoch,
+    read_point,
+)
 from workers.access import Access
 from workers.repository import keyring
 from workers.repository.archive import Archive
@@ -169,3 +179,30 @@ def test_a_frame_that_says_it_is_huge_is_not_believed() -> None:
     with pytest.raises(ValueError, match="larger"):
         expanded(bomb, BLOCK_BYTES)
     assert expanded(zstandard.ZstdCompressor().compress(b"x" * 100), 100) == b"x" * 100
+
+
+def test_what_differs_between_two_points_is_all_that_does(tmp_path: Path) -> None:
+    """And what differs is told as data or as zeroes, whatever other block holds the same."""
+    dice = random.Random(5)
+    size = 3 * SEGMENT_BYTES + 12345
+    data = bytearray(size)
+    with make_repository(tmp_path / "r") as repository:
+        history = []
+        for _ in range(6):
+            for _ in range(dice.randrange(1, 8)):
+                block = dice.randrange(-(-size // BLOCK_BYTES))
+                start = block * BLOCK_BYTES
+                stop = min(size, start + BLOCK_BYTES * dice.randrange(1, 40))
+                data[start:stop] = bytes(stop - start) if dice.random() < 0.3 else dice.randbytes(stop - start)
+            history.append((backup(repository, "g", data), bytes(data)))
+        for older, before in history:
+            for newer, now in history:
+                disk = repository.disk(newer, "disk")
+                told = bytearray(before)
+                for extent in disk.changes(repository.disk(older, "disk"), 0, size):
+                    if extent.reads_as_zeroes:
+                        told[extent.offset : extent.end] = bytes(extent.length)
+                    else:
+                        disk.read_into(extent.offset, memoryview(told)[extent.offset : extent.end])
+                    assert before[extent.offset : extent.end] != now[extent.offset : extent.end], "it does not differ"
+                assert told == now

@@ -28,7 +28,8 @@ from coordinator.model.epoch import (
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.model.extent import Extent, Status
 from coordinator.model.group import FAILED_JOBS_KEPT, GroupPolicy, GroupRecord, GroupSpec, Round, Stage
-from coordinator.model.job import JobRecord, State, Sync, Verb
+from coordinator.model.job import JobRecord, JobSpec, State, Sync, Verb
+from coordinator.model.mirror import MirrorSpec
 from coordinator.model.point import Decision, Member, Retention, SeedMember
 from coordinator.model.round import owner_of
 from coordinator.model.step import VerbArguments, apply_verb
@@ -81,6 +82,8 @@ class World:
         """By epoch, the disks whose roots were written."""
         self.slice = DISK_BYTES
         """How much an agent copies of a disk that is not seeded."""
+        self.targets: dict[str, list[JobSpec]] = {}
+        """Of mirrors: the jobs that have written there."""
         self.lost = ""
         """A disk whose bitmaps are gone."""
         self.skew_s = 0.0
@@ -133,8 +136,9 @@ class World:
                 facts["result"] = told(self._abandon(task), task.owner)
             elif claim.kind is UnitKind.PLAN:
                 facts = {"disk_size": DISK_BYTES, "epoch": job.spec.part.number if job.spec.part else 0}
-            elif claim.kind is UnitKind.SETTLE:
-                assert job.spec.part is not None
+            elif claim.kind is UnitKind.COPY and job.spec.target.startswith("/"):
+                self.targets.setdefault(job.spec.target, []).append(job.spec)
+            elif claim.kind is UnitKind.SETTLE and job.spec.part is not None:
                 disk = job.spec.target.partition("disk=")[2]
                 self.copied.setdefault(job.spec.part.number, set()).add(disk)
                 facts["result"] = member(disk, job.spec.part).model_dump_json()
@@ -173,7 +177,7 @@ class World:
         mine = [n for n, owner in self.holds.items() if owner == task.owner and n not in self.decisions]
         number = mine[0] if mine else max([0, *self.decisions, *self.holds, task.at_least - 1]) + 1
         self.holds[number] = task.owner
-        points = [n for n, d in self.decisions.items() if d.is_point]
+        points = [n for n, d in self.decisions.items() if d.is_point and (d.mirrors != ()) == (task.targets != {})]
         parent = max(points, default=0)
         parents = dict.fromkeys(task.disks, parent) if parent else {}
         seeding = self.decisions[parent].seeding if parent else ()
@@ -192,7 +196,8 @@ class World:
         return decided
 
     def _abandon(self, task: AbandonEpoch) -> Decision:
-        return self.decisions.setdefault(task.number, tombstone(task.number))
+        ended = tombstone(task.number).model_copy(update={"mirrors": task.mirrors})
+        return self.decisions.setdefault(task.number, ended)
 
     # -- agents ------------------------------------------------------------------------------------------------
 
@@ -254,6 +259,20 @@ class World:
                 assert epoch is None or epoch.is_over, "agents hold views for nobody"
                 return
         pytest.fail(f"it does not end: {self.group!r} {self.ledger.jobs()!r} {self.ledger.newest_epoch('shop')!r}")
+
+    def settle_targets(self) -> None:
+        """And the newest point is at the targets."""
+        self.settle()
+        for _ in range(100):
+            self.now += 2
+            self.cycle()
+            while self.mover(lambda: False):
+                self.cycle()
+            if self.group.applying is None and all(
+                s.epoch == self.group.published for s in self.group.mirrors.values()
+            ):
+                return
+        pytest.fail(f"it does not end: {self.group!r}")
 
     def check(self) -> None:
         group = self.group
@@ -544,6 +563,98 @@ def test_a_member_that_is_new_does_not_keep_others_from_having_points(world: Wor
     assert world.group.covered == SPEC.disks
 
 
+TARGETS = {"db/vda": "/t/a", "db/vdb": "/t/b", "web/vda": "/t/c"}
+
+
+def mirroring(world: World, *, staged: bool) -> None:
+    put(world, spec=SPEC.model_copy(update={"mirror": MirrorSpec(targets=TARGETS, staged=staged)}))
+
+
+def synced(world: World) -> list[bool]:
+    """What events said, the oldest first."""
+    found = world.ledger.events(limit=1000)
+    return [e["data"]["synced"] for e in found if e["event"] == "MIRROR_STATE_CHANGE" and e["job"] == ""]
+
+
+def test_targets_are_said_to_be_inconsistent_until_all_of_them_are_decided(world: World) -> None:
+    mirroring(world, staged=False)
+    world.ask()
+    copying(world)
+    assert not any(state.is_consistent for state in world.group.mirrors.values())
+    assert world.targets == {}, "it is said before anything is written"
+    world.settle()
+    assert {(s.epoch, s.begun, s.is_consistent) for s in world.group.mirrors.values()} == {(1, 0, True)}
+    assert [mirror.target for mirror in world.decisions[1].mirrors] == list(TARGETS.values())
+    assert world.decisions[1].members == ()
+    world.ask()
+    copying(world)
+    assert {(s.epoch, s.begun) for s in world.group.mirrors.values()} == {(1, 2)}
+    world.mover(lambda: True)
+    world.settle()
+    assert {(s.epoch, s.begun) for s in world.group.mirrors.values()} == {(1, 2)}, "given up, they stay so"
+    assert {mirror.disk for mirror in world.decisions[2].mirrors} == set(TARGETS)
+    world.ask()
+    world.settle()
+    assert {(s.epoch, s.begun) for s in world.group.mirrors.values()} == {(3, 0)}
+    assert synced(world) == [True, False, True]
+    assert [(s.sync, s.adds, s.overwrite) for s in world.targets["/t/a"]] == [
+        (Sync.FULL, False, False),
+        (Sync.TOP, True, True),
+    ]
+    assert world.decisions[3].mirrors[0].parent == 1
+
+
+def test_a_target_that_nothing_of_ours_was_written_to_is_not_overwritten(world: World) -> None:
+    """Its job was refused: what is there is somebody else's, whatever was meant to be written."""
+    mirroring(world, staged=False)
+    world.ask()
+    copying(world)
+    world.mover(lambda: True)
+    world.settle()
+    world.ask()
+    copying(world)
+    specs = {
+        job.spec.target: job.spec.overwrite for job in world.ledger.jobs() if job.spec.of_group and job.id[-1] in "012"
+    }
+    assert not any(specs.values())
+
+
+def test_staged_targets_follow_the_newest_point_beside_all_rounds(world: World) -> None:
+    mirroring(world, staged=True)
+    world.ask()
+    world.settle()
+    assert world.group.published == 1
+    world.settle_targets()
+    assert {(s.epoch, s.begun) for s in world.group.mirrors.values()} == {(1, 0)}
+    world.ask()
+    world.settle_targets()
+    first, second = world.targets["/t/a"]
+    assert first.source == "repo+file:///r?group=shop&disk=db/vda&point=1"
+    assert first.sync is Sync.FULL
+    assert second.source == "repo+file:///r?group=shop&disk=db/vda&point=2&since=1"
+    assert (second.sync, second.adds) == (Sync.TOP, True)
+    assert synced(world) == [True, False, True]
+
+
+def test_a_target_that_fails_is_tried_again_and_then_compared(world: World) -> None:
+    mirroring(world, staged=True)
+    world.ask()
+    world.settle_targets()
+    world.ask()
+    while world.group.applying is None:
+        world.cycle()
+        world.step()
+    while world.group.applying is not None:
+        world.cycle()
+        world.mover(lambda: True)
+    assert {(s.epoch, s.begun) for s in world.group.mirrors.values()} == {(1, 2)}
+    assert world.group.published == 2, "points go on"
+    world.ask()
+    world.settle_targets()
+    assert [spec.sync for spec in world.targets["/t/a"]] == [Sync.FULL, Sync.INCREMENTAL, Sync.TOP]
+    assert len({s.epoch for s in world.group.mirrors.values()}) == 1
+
+
 def test_machines_of_two_groups_are_cut_one_after_the_other(world: World) -> None:
     other = Participant(vm="db", host="hv1", qmp="/db", disks=("vdc",))
     begun = GroupRecord(name="mail", spec=SPEC.model_copy(update={"members": (other,)}), requests=("a",))
@@ -681,7 +792,7 @@ def test_an_objective_that_is_given_up_while_it_is_missed_is_not_told_as_recover
 
 
 def copying(world: World) -> None:
-    while not (world.group.round and world.group.round.stage is Stage.COPYING and world.ledger.jobs()[0].spec.part):
+    while not (world.group.round and world.group.round.stage is Stage.COPYING and world.ledger.jobs()[0].spec.source):
         world.cycle()
         if not (world.group.round and world.group.round.stage is Stage.COPYING):
             world.mover(lambda: False)
