@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.model.bitmap import Owner, leftovers, rotate
-from coordinator.model.errors import UnavailableError
+from coordinator.model.errors import RefusedError, UnavailableError
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
 from flushpoint.cli import main
@@ -29,7 +29,7 @@ from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
 from workers.agent.service import stage_all
 from workers.agent.stage import Staged, stage
-from workers.agent.views import prepare, remove
+from workers.agent.views import prepare, remembered, remove
 from workers.sources import open_source
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
@@ -222,6 +222,65 @@ def test_a_staging_that_is_cancelled_leaves_nothing_in_the_guest(
             guest.wait_until_it_writes()
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_snapshot_that_a_user_takes_below_a_filter_is_what_the_device_gets_back(
+    guest_kit: GuestKit, tmpfs_path: Path, thread: bool
+) -> None:
+    async def check(guest: LiveGuest) -> None:
+        async with monitored(guest, tmpfs_path) as vm, by_user(guest) as user:
+            (part,), (clone,) = await cut(vm, guest, tmpfs_path, "below", 0, 1)
+            await take_snapshot(user, part.view.disk.node, tmpfs_path / "overlay.qcow2")
+            guest.wait_until_it_writes()
+            (copy,) = await stage_all(vm, [part], tmpfs_path / "staged", lambda: WHOLE)
+            assert same_disk(clone, "qcow2", Path(copy.path), "qcow2")
+            assert await ours(vm) == []
+            assert (await look_at(vm.monitor)).disk("v0").node == "overlay"
+            guest.wait_until_it_writes()
+
+    with running_guest(guest_kit, tmpfs_path / "guest", [LiveDisk("v0", iothread=thread)]) as running:
+        asyncio.run(check(running))
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_filter_below_a_snapshot_stays_until_its_user_has_left_it_out(
+    guest_kit: GuestKit, tmpfs_path: Path, thread: bool
+) -> None:
+    async def check(guest: LiveGuest) -> None:
+        async with monitored(guest, tmpfs_path) as vm, by_user(guest) as user:
+            (part,), _ = await cut(vm, guest, tmpfs_path, "above", 0, 1)
+            await take_snapshot(user, part.view.filter_node, tmpfs_path / "overlay.qcow2")
+            with pytest.raises(RefusedError, match="v0 has overlay above the filter") as raised:
+                await remove(vm.monitor, part.view)
+            assert "block-stream, device overlay, base-node v0-node" in raised.value.remedy
+            guest.wait_until_it_writes()
+            assert [view for _, view in remembered(tmpfs_path)] == [part.view]
+            heard = user.heard
+            await user.execute("block-stream", {"job-id": "left-out", "device": "overlay", "base-node": "v0-node"})
+            await user.wait_for(frozenset({"BLOCK_JOB_COMPLETED"}), heard, STAGE_S)
+            await remove(vm.monitor, part.view)
+            assert await ours(vm) == []
+            assert list(remembered(tmpfs_path)) == []
+            guest.wait_until_it_writes()
+
+    with running_guest(guest_kit, tmpfs_path / "guest", [LiveDisk("v0", iothread=thread)]) as running:
+        asyncio.run(check(running))
+
+
+@asynccontextmanager
+async def by_user(guest: LiveGuest) -> AsyncIterator[Monitor]:
+    monitor = await Monitor.connect(guest.user, allowed=frozenset({"blockdev-snapshot-sync", "block-stream"}))
+    try:
+        yield monitor
+    finally:
+        await monitor.close()
+
+
+async def take_snapshot(user: Monitor, node: str, path: Path) -> None:
+    """Into a new image that is the node "overlay"."""
+    overlay = {"snapshot-file": str(path), "snapshot-node-name": "overlay", "format": "qcow2"}
+    await user.execute("blockdev-snapshot-sync", {"node-name": node, **overlay})
 
 
 def test_doctor_tells_what_can_be_done_with_each_disk(guest: LiveGuest, capsys: pytest.CaptureFixture[str]) -> None:

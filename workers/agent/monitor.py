@@ -56,6 +56,7 @@ ALLOWED = frozenset(
         "query-version",
         "stop",
         "transaction",
+        "x-debug-query-block-graph",
     }
 )
 """All that is ever said to a guest's QEMU."""

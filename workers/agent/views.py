@@ -20,6 +20,12 @@ that waiting releases, and aborts (`blockdev-add`, bdrv_open, blk_unref, blk_dra
 guests of eight that wrote all the time were dead within three cuts (7.2.22). So the filter over such a disk is added
 while the guest is stopped, when nothing is in flight; over others it is added beforehand, since that costs a
 millisecond or two of the stop.
+
+**A user may take a snapshot of the disk meanwhile.** Taken of the disk's node, its overlay comes between that and the
+filter, and is what the device gets back. Taken of the node that the device is attached to, it comes above the filter,
+which is then a backing file and stays one: what takes it out of there (`block-stream`, with nothing to copy) rewrites
+the header of an image that is the user's, beside jobs that are the user's, so it is left to him. `blockdev-reopen` with
+another backing file is no way either: a guest's writes stood still for good after it (7.2.22).
 """
 
 from __future__ import annotations
@@ -138,20 +144,36 @@ async def insert(monitor: Monitor, views: Sequence[View], timeout_s: float) -> N
 
 
 async def remove(monitor: Monitor, view: View) -> None:
-    """Take a view away, however much of it is there; the guest may run. GuestRefusedError if something holds on to
-    it."""
+    """Take a view away, however much of it is there; the guest may run. RefusedError if something holds on to it: then
+    it is still remembered, and an agent that starts tries again."""
     nodes = {str(node["node-name"]) for node in await monitor.execute("query-named-block-nodes", {"flat": True})}
     if view.access in nodes:
         await delete_node(monitor, view.access)
     if view.filter_node in nodes:
-        now = (await look_at(monitor)).disk(view.disk.path)
-        if now.node == view.filter_node:
-            await monitor.execute("qom-set", {"path": now.path, "property": "drive", "value": view.disk.node})
+        await _take_out(monitor, view)
         await delete_node(monitor, view.filter_node)
     if view.scratch_node in nodes:
         await delete_node(monitor, view.scratch_node)
     view.scratch.unlink(missing_ok=True)
     _record_of(view).unlink(missing_ok=True)
+
+
+async def _take_out(monitor: Monitor, view: View) -> None:
+    """Nothing reads or writes through the filter any more."""
+    graph = await monitor.execute("x-debug-query-block-graph")  # nothing else tells what is below a filter
+    names = {node["id"]: str(node["name"]) for node in graph["nodes"] if node["type"] == "block-driver"}
+    edges = [(names.get(edge["parent"]), edge["name"], names[edge["child"]]) for edge in graph["edges"]]
+    (below,) = [child for parent, name, child in edges if (parent, name) == (view.filter_node, "file")]
+    above = ", ".join(parent for parent, _, child in edges if parent and child == view.filter_node)
+    if above:
+        raise RefusedError(
+            f"{view.disk.device} has {above} above the filter {view.filter_node}, by somebody's snapshot or job",
+            f"wait for the job, or let QEMU leave the filter out (block-stream, device {above}, base-node {below}); "
+            "then start the agent anew",
+        )
+    now = (await look_at(monitor)).disk(view.disk.path)
+    if now.node == view.filter_node:
+        await monitor.execute("qom-set", {"path": now.path, "property": "drive", "value": below})
 
 
 def remembered(directory: Path) -> Iterator[tuple[Path, View]]:
