@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from coordinator.model.epoch import Epoch, EpochSpec, Participant, Phase
 from tests.contract.conftest import ValkeyServer, running_valkey
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
-from tests.live_guest import MIB, LiveDisk, LiveGuest, first_number, running_pair
+from tests.live_guest import MIB, LiveDisk, LiveGuest, first_number, running_guest, running_pair
 from tests.stack import wait_until
 from workers.agent.guest import OURS, look_at
 from workers.agent.monitor import Monitor
@@ -32,9 +33,10 @@ BEFORE_CUT = ("between-prepare-and-prepared", "between-stop-and-frozen", "betwee
 
 
 class Group:
-    """Two guests that write in turns, each on a host of its own; the test is their coordinator."""
+    """Guests, each on a host of its own; the test is their coordinator."""
 
     def __init__(self, hosts: list[Host], ledger: RedisLedger, server: ValkeyServer) -> None:
+        self.name = GROUP
         self.hosts = hosts
         self.server = server
         self._ledger = ledger
@@ -43,22 +45,29 @@ class Group:
         ledger.adopt_run(term, 0)
         self._term = term
 
-    def open(self, hold_ms: int = HOUR_MS) -> Epoch:
+    def beside(self, name: str) -> Group:
+        """Another group of the same guests."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def open(self, hold_ms: int = HOUR_MS, disks: tuple[str, ...] = ()) -> Epoch:
+        """By default of all disks."""
         parts = [
             Participant(
                 vm=host.guest.directory.name,
                 host=host.name,
                 qmp=str(host.guest.monitor),
-                disks=tuple(disk.name for disk in host.guest.disks),
+                disks=disks or tuple(disk.name for disk in host.guest.disks),
             )
             for host in self.hosts
         ]
         times = {"prepare_ms": 5_000, "freeze_ms": FREEZE_MS, "hold_ms": hold_ms}
         spec = EpochSpec(participants=tuple(parts), repository="0a1b", **times)
-        return self._ledger.open_epoch(self._term, GROUP, spec)
+        return self._ledger.open_epoch(self._term, self.name, spec)
 
     def now(self) -> Epoch:
-        epoch = self._ledger.newest_epoch(GROUP)
+        epoch = self._ledger.newest_epoch(self.name)
         assert epoch is not None
         return epoch
 
@@ -74,10 +83,10 @@ class Group:
         self._ledger.adopt_run(self._term, 0)
 
     def give_up(self) -> None:
-        self._ledger.give_up_epoch(self._term, GROUP, self.now().number, "the test gives it up")
+        self._ledger.give_up_epoch(self._term, self.name, self.now().number, "the test gives it up")
 
     def check_an_epoch(self) -> None:
-        """It is taken and can be read, and no effect is in it without its cause."""
+        """Of two guests that write in turns: it is taken and can be read, and no effect is in it without its cause."""
         self.check_and_retire(self.open())
 
     def check_and_retire(self, epoch: Epoch) -> None:
@@ -89,7 +98,7 @@ class Group:
         ]
         lead, follow = map(first_number, images)
         assert follow <= lead <= follow + 1
-        self._ledger.retire_epoch(self._term, GROUP, epoch.number)
+        self._ledger.retire_epoch(self._term, self.name, epoch.number)
         wait_until(lambda: not any(image.exists() for image in images), "images to go", STEP_S)
 
     def check_that_all_write(self) -> None:
@@ -127,6 +136,22 @@ def group(cluster: Group) -> Group:
     for host in cluster.hosts:
         host.start_agent()
     return cluster
+
+
+@pytest.fixture
+def alone(guest_kit: GuestKit, tmpfs_path: Path) -> Iterator[Group]:
+    """A group of one guest, which nobody else needs, and whose agent was just started."""
+    with (
+        running_valkey() as valkey,
+        closing(RedisLedger(valkey.url)) as ledger,
+        running_guest(guest_kit, tmpfs_path / "guest", [LiveDisk("v0"), LiveDisk("v1")]) as guest,
+    ):
+        host = Host("hv1", tmpfs_path / "hv1", guest, {"FLUSHPOINT_REDIS_URL": valkey.url})
+        try:
+            host.start_agent()
+            yield Group([host], ledger, valkey)
+        finally:
+            host.kill()
 
 
 async def left_in(guest: LiveGuest) -> list[str]:
@@ -300,3 +325,24 @@ def test_a_cut_that_failed_while_the_ledger_was_away_ends_the_epoch_once_it_is_b
     group.check_that_all_write()
     group.check_an_epoch()
     group.check_that_nothing_is_left()
+
+
+def test_a_guest_that_was_started_again_takes_part_at_once(alone: Group, guest_kit: GuestKit) -> None:
+    alone.open()
+    assert alone.wait_for(Phase.READABLE, Phase.ABORTED).phase is Phase.READABLE
+    alone.give_up()
+    (host,) = alone.hosts
+    host.guest.guest.kill()
+    with running_guest(guest_kit, host.guest.directory, host.guest.disks):
+        alone.open()
+        epoch = alone.wait_for(Phase.READABLE, Phase.ABORTED)
+        assert epoch.phase is Phase.READABLE, epoch.why
+
+
+def test_epochs_that_need_a_guest_at_once_share_its_monitor(alone: Group) -> None:
+    parts = {"v0": alone, "v1": alone.beside("other")}
+    for disk, group in parts.items():
+        group.open(disks=(disk,))
+    for group in parts.values():
+        epoch = group.wait_for(Phase.READABLE, Phase.ABORTED)
+        assert epoch.phase is Phase.READABLE, epoch.why

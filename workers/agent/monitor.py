@@ -23,6 +23,7 @@ from qemu.qmp import (
     Message,
     QMPClient,
     QMPError,
+    Runstate,
 )
 
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
@@ -158,6 +159,11 @@ class Monitor:
             raise GuestSilentError(
                 f"{self.path} went away during {command}", "look whether its QEMU has ended"
             ) from error
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its QEMU has not ended the connection, as it does when it ends itself."""
+        return self._client.runstate is Runstate.RUNNING
 
     @property
     def heard(self) -> int:

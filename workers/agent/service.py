@@ -16,6 +16,7 @@ import asyncio
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -69,6 +70,7 @@ class Agent:
         self._relay = relay
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
+        self._connecting: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._at_work: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._staging: dict[tuple[str, int], list[asyncio.Task[tuple[DiskCopy, ...]]]] = {}
 
@@ -148,7 +150,7 @@ class Agent:
         except FlushpointError as error:
             said.warning("nothing comes of this machine's part", error=str(error))
             if isinstance(error, GuestSilentError):
-                await self._let_go(Path(participant.qmp))
+                await self._let_go(vm)
             await self._fail(epoch, participant.vm, error)
         except Exception as error:  # a mistake of ours must not let others wait either
             said.exception("nothing comes of this machine's part")
@@ -258,15 +260,21 @@ class Agent:
     # -- guests --------------------------------------------------------------------------------------------
 
     async def _vm(self, path: Path) -> Vm:
-        if path not in self._vms:
-            self._vms[path] = Vm(await Monitor.connect(path), self._guard, self._journal)
-        return self._vms[path]
+        """Connected to anew if its guest was started again, and never by two epochs at once: a monitor does not greet
+        a second client."""
+        async with self._connecting[path]:
+            if path in self._vms and not self._vms[path].monitor.is_open:
+                await self._vms.pop(path).monitor.close()
+            if path not in self._vms:
+                self._vms[path] = Vm(await Monitor.connect(path), self._guard, self._journal)
+            return self._vms[path]
 
-    async def _let_go(self, path: Path) -> None:
-        """Of a monitor that broke or is silent; the next epoch connects anew."""
-        vm = self._vms.pop(path, None)
-        if vm is not None:
-            await vm.monitor.close()
+    async def _let_go(self, vm: Vm) -> None:
+        """Of a monitor that broke or is silent; the next epoch connects anew, if another has not by now."""
+        path = vm.monitor.path
+        async with self._connecting[path]:
+            if self._vms.get(path) is vm:
+                await self._vms.pop(path).monitor.close()
 
     async def _clear_guests(self) -> None:
         """Of views that an agent before this one left in them."""
