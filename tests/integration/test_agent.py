@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from coordinator.ledger import RedisLedger
+from coordinator.ledger.keys import DEFAULT_PREFIX, Keys
 from coordinator.model.epoch import Epoch, EpochSpec, Participant, Phase
 from tests.contract.conftest import ValkeyServer, running_valkey
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
 from tests.live_guest import MIB, LiveDisk, LiveGuest, first_number, running_guest, running_pair
+from tests.ports import free_ports
 from tests.stack import wait_until
 from workers.agent.guest import OURS, look_at
 from workers.agent.monitor import Monitor
@@ -346,3 +351,28 @@ def test_epochs_that_need_a_guest_at_once_share_its_monitor(alone: Group) -> Non
     for group in parts.values():
         epoch = group.wait_for(Phase.READABLE, Phase.ABORTED)
         assert epoch.phase is Phase.READABLE, epoch.why
+
+
+@pytest.mark.needs("qemu-storage-daemon", "qemu-nbd")
+def test_what_was_staged_for_an_epoch_goes_whose_end_was_not_heard(alone: Group) -> None:
+    """The ledger was away, and has forgotten the news; other epochs can still be read."""
+    (host,) = alone.hosts
+    port = str(free_ports(1)[0])
+    host.start_agent(environ={"FLUSHPOINT_RELAY_HOST": "127.0.0.1", "FLUSHPOINT_RELAY_PORT": port})
+    epochs = []
+    for group in (alone.beside("read"), alone):
+        epochs.append(group.open())
+        assert group.wait_for(Phase.READABLE, Phase.ABORTED).phase is Phase.READABLE
+    host.signal_agent(signal.SIGSTOP)
+    alone.server.kill()
+    alone.server.start()
+    alone.adopt()
+    alone.give_up()
+    with closing(Redis.from_url(alone.server.url)) as redis:
+        redis.delete(Keys(DEFAULT_PREFIX).epoch_news(host.name))
+    host.signal_agent(signal.SIGCONT)
+    kept, unheard = map(host.staged, epochs)
+    wait_until(lambda: not unheard.exists(), "the image to go", STEP_S)
+    assert kept.exists()
+    listed = subprocess.run(["qemu-nbd", "-L", "-p", port], capture_output=True, text=True, timeout=STEP_S, check=True)
+    assert re.findall(r"export: '(.*)'", listed.stdout) == [f"{epochs[0].name}/guest/{disk}" for disk in ("v0", "v1")]

@@ -26,15 +26,22 @@ class Feed:
         self._host = host
         self._latest: dict[tuple[str, int], Standing] = {}
         self._changed = asyncio.Condition()
+        self.missed = asyncio.Event()
+        """Set when the ledger answers again: news may have gone by. Whoever has looked after them clears it."""
 
     async def listen(self, after: str, told: Callable[[News], None]) -> None:
         """For ever: hand every piece of news after the one with this id to `told`, and to those who wait."""
+        was_away = False
         while True:
             try:
                 news = await self._barrier.news(self._host, after, WAIT_S)
             except UnavailableError:  # whoever waits has a time-out of his own
+                was_away = True
                 await asyncio.sleep(AGAIN_S)
                 continue
+            if was_away:
+                was_away = False
+                self.missed.set()
             async with self._changed:
                 for one in news:
                     after = one.id

@@ -4,6 +4,7 @@
 
     news ──> take_part (every machine of ours) ──> stage (every disk) ──> SCRATCH/GROUP@EPOCH/VM/DISK.qcow2 ──> readable
     news: retired or aborted ──> the images go, and bitmaps that the point covers
+    now and then, and when the ledger was away ──> images of epochs that are over go, if that was never heard
 
 An agent that starts first lets run what one before it left stopped, then takes away what that one left in guests, then
 gives up the epochs that one took part in, but for those whose disks it had staged: movers read them without an agent.
@@ -44,6 +45,8 @@ from workers.failpoint import pass_point
 
 STAGE_S = 3600.0
 """How long one disk may take to be staged; the coordinator gives a longer epoch up."""
+LOOK_S = 300.0
+"""How often to look for what was staged for epochs whose end was not heard: the news of it is lost."""
 
 log = structlog.get_logger()
 
@@ -82,23 +85,25 @@ class Agent:
         if self._relay is not None:
             await self._relay.start()
         position = await self._barrier.last_news(self._host)
+        places = self._places()
         staged = set()
         for epoch in await self._barrier.epochs_on(self._host):
             recovered = [await recover(epoch, mine.vm, self._barrier) for mine in epoch.on(self._host)]
             if all(recovered):
-                staged.add(self._place(epoch.group, epoch.number))
+                staged.add(epoch.name)
                 for mine in epoch.on(self._host):
                     for copy in epoch.reads[mine.vm].copies:
                         await self._offered(epoch, mine.vm, copy)
-        for place in set(self._scratch.glob("*@*")) - staged:  # nobody reads what belongs to an epoch that is over
-            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        await self._clear_places(places - staged)
         ready()
+        looking = asyncio.create_task(self._look_after_places())
         try:
             await self._feed.listen(position, self._told)
         finally:
-            for task in self._at_work.values():
+            tasks = [looking, *self._at_work.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._at_work.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for vm in self._vms.values():
                 await vm.monitor.close()
             if self._relay is not None:
@@ -226,9 +231,7 @@ class Agent:
         if phase is Phase.RETIRED:
             with suppress(FlushpointError):  # what is left does no harm; of members it goes with the next point
                 await self._remove_bitmaps(await self._barrier.epoch(group, number))
-        if self._relay is not None:
-            await self._relay.withdraw(f"{group}@{number}/")
-        await asyncio.to_thread(shutil.rmtree, self._place(group, number), ignore_errors=True)
+        await self._clear_places({self._place(group, number).name})
 
     async def _remove_bitmaps(self, point: Epoch) -> None:
         """Those that nobody needs beside the ones that record since this point."""
@@ -254,8 +257,42 @@ class Agent:
                 for name in which(disk.tracking(), owner):
                     await vm.monitor.execute("block-dirty-bitmap-remove", {"node": disk.node, "name": name})
 
+    # -- what was staged -----------------------------------------------------------------------------------
+
     def _place(self, group: str, number: int) -> Path:
         return self._scratch / f"{group}@{number}"
+
+    def _places(self) -> set[str]:
+        """Names of the epochs that have one."""
+        return {place.name for place in self._scratch.glob("*@*")}
+
+    async def _clear_places(self, names: set[str]) -> None:
+        """Of epochs that are over, or that the ledger does not know: nobody reads them."""
+        for name in names:
+            if self._relay is not None:
+                await self._relay.withdraw(f"{name}/")
+            await asyncio.to_thread(shutil.rmtree, self._scratch / name, ignore_errors=True)
+
+    async def _look_after_places(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._feed.missed.wait(), LOOK_S)
+            self._feed.missed.clear()
+            try:
+                await self._clear_unheard()
+            except FlushpointError as error:
+                log.warning("cannot look which epochs are over", error=str(error))
+
+    async def _clear_unheard(self) -> None:
+        """What is there before the ledger is asked belongs to epochs that were opened before: those it does not name
+        are over, or lost with all that could read them. What is at work has its own end."""
+        places = self._places()
+        needed = {epoch.name for epoch in await self._barrier.epochs_on(self._host)}
+        at_work = {self._place(group, abs(number)).name for group, number in self._at_work}
+        unheard = places - needed - at_work
+        if unheard:
+            log.warning("clears up after epochs whose end was not heard", epochs=sorted(unheard))
+        await self._clear_places(unheard)
 
     # -- guests --------------------------------------------------------------------------------------------
 
