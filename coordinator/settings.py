@@ -31,7 +31,8 @@ URL_SCHEMES = {
     # No sentinel: kombu needs the name of its master, for which there is no setting.
     "broker_url": ("redis", "rediss", "redis+socket", "amqp", "amqps"),
 }
-_SEPARATORS = {"allowed_roots": ":", "allowed_endpoints": ","}  # a path may hold a comma, an endpoint has colons
+_SEPARATORS = {"allowed_roots": ":", "agent_sockets": ":", "allowed_endpoints": ","}
+"""A path may hold a comma, an endpoint has colons."""
 
 
 class Settings(BaseSettings):
@@ -87,6 +88,9 @@ class Settings(BaseSettings):
     """Where the guard of a host listens for its agent."""
     agent_host: str = ""
     """How the host of an agent is called in groups; "": by its own name."""
+    agent_sockets: Annotated[tuple[str, ...], NoDecode] = ()
+    """Directories below which an agent connects to monitors and guest agents; none: wherever a group says that they
+    are, so whoever may write groups chooses. As text /a:/b or JSON."""
     scratch_dir: str = "/var/lib/flushpoint/scratch"
     """Where an agent keeps old blocks of disks while they are copied, and what was staged; on a disk of the host's."""
     scratch_reserve: int = Field(default=1024**3, ge=0)
@@ -123,7 +127,7 @@ class Settings(BaseSettings):
         starter = InitSettingsSource(settings_cls, json.loads(os.environ.get("FLUSHPOINT_DEFAULTS") or "{}"))
         return init_settings, env_settings, toml, starter
 
-    @field_validator("allowed_roots", "allowed_endpoints", mode="before")
+    @field_validator("allowed_roots", "agent_sockets", "allowed_endpoints", mode="before")
     @classmethod
     def _list_from_text(cls, value: object, info: ValidationInfo) -> object:
         """An environment variable is text: a JSON list, or the names with a separator between them."""
@@ -137,13 +141,13 @@ class Settings(BaseSettings):
         except ValueError:
             raise ValueError(f"is no JSON list; names with {separator!r} between them will do") from None
 
-    @field_validator("allowed_roots")
+    @field_validator("allowed_roots", "agent_sockets")
     @classmethod
-    def _roots_are_absolute(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
-        for root in roots:
-            if not root.startswith("/"):
-                raise ValueError(f"{root!r} is no absolute path")
-        return roots
+    def _directories_are_absolute(cls, directories: tuple[str, ...]) -> tuple[str, ...]:
+        for directory in directories:
+            if not directory.startswith("/"):
+                raise ValueError(f"{directory!r} is no absolute path")
+        return directories
 
     @field_validator("redis_url", "broker_url")
     @classmethod

@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -376,3 +378,28 @@ def test_what_was_staged_for_an_epoch_goes_whose_end_was_not_heard(alone: Group)
     assert kept.exists()
     listed = subprocess.run(["qemu-nbd", "-L", "-p", port], capture_output=True, text=True, timeout=STEP_S, check=True)
     assert re.findall(r"export: '(.*)'", listed.stdout) == [f"{epochs[0].name}/guest/{disk}" for disk in ("v0", "v1")]
+
+
+def test_an_agent_connects_to_no_socket_elsewhere_than_it_may(alone: Group, tmpfs_path: Path) -> None:
+    """Whatever a group names, and whichever links lead there."""
+    (host,) = alone.hosts
+    guest = host.guest
+    host.start_agent(environ={"FLUSHPOINT_AGENT_SOCKETS": f"{tmpfs_path}/none:{guest.directory}"})
+    outside = tmpfs_path / "outside"
+    link = guest.directory / "link"
+    link.symlink_to(outside)
+    with closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(str(outside))
+        listening.listen()
+        listening.setblocking(False)
+        for monitor in (outside, link, guest.directory / ".." / "outside"):
+            host.guest = replace(guest, monitor=monitor)
+            alone.open()
+            aborted = alone.wait_for(Phase.ABORTED, Phase.READABLE)
+            assert f"lies in no directory for sockets of guests: {tmpfs_path}/none, {guest.directory}" in aborted.why
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+    host.guest = guest
+    alone.open()
+    epoch = alone.wait_for(Phase.READABLE, Phase.ABORTED)
+    assert epoch.phase is Phase.READABLE, epoch.why

@@ -204,6 +204,25 @@ def test_a_guest_whose_agent_is_not_named_or_not_there_is_cut_without(bench: Ben
         bench.end()
 
 
+def test_a_guest_whose_agent_lies_where_its_host_connects_to_nothing_is_cut_without(
+    bench: Bench, tmpfs_path: Path
+) -> None:
+    def hear(relay: Relay, said: dict[str, Any], line: bytes) -> bytes | None:
+        relay.reached.set()
+        return line
+
+    bench.host.start_agent(environ={"FLUSHPOINT_AGENT_SOCKETS": str(bench.guest.directory)})
+    with Relay(tmpfs_path / "relay", bench.guest.agent, command=hear) as relay:
+        bench.open(agent=relay.path)
+        facts = bench.facts()
+        assert not facts.filesystem_consistent
+        assert "lies in no directory for sockets of guests" in facts.fallback
+        assert not relay.reached.is_set()
+        bench.end()
+    bench.open()
+    assert bench.facts().filesystem_consistent
+
+
 def test_a_guest_whose_agent_is_silent_is_cut_without(bench: Bench, tmpfs_path: Path) -> None:
     """Nobody waits for it for so long that others would be waited for in vain."""
 

@@ -25,6 +25,7 @@ from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
 from workers.agent.participant import AbortedError, Machine, Taken
 from workers.agent.room import Room
+from workers.agent.sockets import Sockets
 from workers.agent.stage import stage
 from workers.agent.views import remove
 
@@ -85,7 +86,7 @@ class Group:
         link = GuardLink(self._directory / "guard")
         self._open.callback(link.close)
         vm = Vm(monitor, link, Journal(self._directory / "journal"))
-        return Machine(guest.directory.name, vm, Room(self._directory, 0))
+        return Machine(guest.directory.name, vm, Room(self._directory, 0), Sockets(()))
 
     def opened(self, *, freeze_ms: int = DEADLINE_MS, parent: int = 0) -> Epoch:
         parts = [

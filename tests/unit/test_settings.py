@@ -111,6 +111,7 @@ def test_every_scheme_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         ("ALLOWED_ROOTS", "/a:/b,c:", ("/a", "/b,c")),
         ("ALLOWED_ROOTS", '["/a:b", "/c"]', ("/a:b", "/c")),
         ("ALLOWED_ROOTS", "", ()),
+        ("AGENT_SOCKETS", "/run/vm:/run/libvirt", ("/run/vm", "/run/libvirt")),
         ("ALLOWED_ENDPOINTS", "*", ("*",)),
         ("ALLOWED_ENDPOINTS", "10.0.0.0/8, h:10809,[::1]:1", ("10.0.0.0/8", "h:10809", "[::1]:1")),
         ("ALLOWED_ENDPOINTS", '["10.0.0.0/8"]', ("10.0.0.0/8",)),

@@ -20,6 +20,7 @@ from workers.agent.journal import Journal
 from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.service import Agent
+from workers.agent.sockets import Sockets
 
 log = structlog.get_logger()
 
@@ -35,7 +36,8 @@ async def serve(settings: Settings) -> None:
             host = settings.agent_host or socket.gethostname()
             relay = Relay(scratch, settings.relay_host, settings.relay_port, settings.relay_tls_dir)
             room = Room(scratch, settings.scratch_reserve)
-            agent = Agent(host, barrier, guard, journal, room, relay if settings.relay_host else None)
+            sockets = Sockets(settings.agent_sockets)
+            agent = Agent(host, barrier, guard, journal, room, sockets, relay if settings.relay_host else None)
             running = asyncio.create_task(agent.run(lambda: log.info("ready", host=host)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, running.cancel)

@@ -21,13 +21,13 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.agent.guard import GuardLink
 from workers.agent.guest_agent import GuestAgent, GuestAgentError
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
+from workers.agent.sockets import Sockets
 
 SHARE = 0.5
 """Of the guest's deadline, for freezing; the rest is for the stop, for the wait for other guests, and for the cut."""
@@ -54,14 +54,16 @@ class FileSystems:
         """They were frozen from before the guest was stopped until it ran again: known once they are thawed."""
 
     @classmethod
-    async def open(cls, path: str, guard: GuardLink, journal: Journal, timeout_s: float) -> FileSystems:
+    async def open(
+        cls, path: str, sockets: Sockets, guard: GuardLink, journal: Journal, timeout_s: float
+    ) -> FileSystems:
         """For a cut that is to be consistent; `path` is of the guest agent's socket, "" where none is named."""
         if not path:
             return cls(None, guard, journal, "no guest agent is named")
         agent: GuestAgent | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                agent = await GuestAgent.connect(Path(path))
+                agent = await GuestAgent.connect(sockets.checked(path))
                 await agent.greet()
                 if await agent.execute(_STATUS) != "thawed":
                     raise GuestAgentError("somebody else has frozen file systems through the guest agent")

@@ -26,6 +26,7 @@ from workers.agent.files import FileSystems
 from workers.agent.guest import look_at
 from workers.agent.guest_agent import ANSWER_S
 from workers.agent.room import Room
+from workers.agent.sockets import Sockets
 from workers.agent.views import prepare, remove
 from workers.failpoint import pass_point
 
@@ -47,12 +48,13 @@ class AbortedError(FlushpointError):
 
 
 class Machine:
-    """One machine, its monitor, and where its scratch images go."""
+    """One machine, its monitor, where its scratch images go, and the sockets its guest agent may be among."""
 
-    def __init__(self, name: str, vm: Vm, room: Room) -> None:
+    def __init__(self, name: str, vm: Vm, room: Room, sockets: Sockets) -> None:
         self.name = name
         self.vm = vm
         self._room = room
+        self._sockets = sockets
 
     async def take_part(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Taken:
         """From the preparation to the cut, one epoch at a time: one that was aborted after its go may be about to cut
@@ -98,7 +100,8 @@ class Machine:
         if epoch.spec.consistency is Consistency.CRASH:
             return FileSystems(None, guard, journal)
         timeout_s = min(ANSWER_S, epoch.spec.prepare_ms / 1000 / 2)  # a silent one must not be what ends the epoch
-        return await FileSystems.open(epoch.participant(self.name).guest_agent, guard, journal, timeout_s)
+        path = epoch.participant(self.name).guest_agent
+        return await FileSystems.open(path, self._sockets, guard, journal, timeout_s)
 
     async def _cut(
         self, epoch: Epoch, parts: Sequence[Part], files: FileSystems, barrier: Barrier, feed: Feed

@@ -39,6 +39,7 @@ from workers.agent.monitor import GuestSilentError, Monitor
 from workers.agent.participant import AbortedError, Machine, Taken, fail, recover, why_of
 from workers.agent.relay import Relay
 from workers.agent.room import Room
+from workers.agent.sockets import Sockets
 from workers.agent.stage import clear, stage
 from workers.agent.views import forget, remembered, remove
 from workers.failpoint import pass_point
@@ -61,6 +62,7 @@ class Agent:
         guard: GuardLink,
         journal: Journal,
         room: Room,
+        sockets: Sockets,
         relay: Relay | None = None,
     ) -> None:
         """Without a `relay` movers have to read the scratch directory themselves."""
@@ -70,6 +72,7 @@ class Agent:
         self._journal = journal
         self._room = room
         self._scratch = room.directory
+        self._sockets = sockets
         self._relay = relay
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
@@ -136,9 +139,9 @@ class Agent:
     async def _drive(self, epoch: Epoch, participant: Participant) -> None:
         said = log.bind(epoch=epoch.name, vm=participant.vm)
         try:
-            vm = await self._vm(Path(participant.qmp))
+            vm = await self._vm(self._sockets.checked(participant.qmp))
             self._room.refuse_unless_enough()
-            machine = Machine(participant.vm, vm, self._room)
+            machine = Machine(participant.vm, vm, self._room, self._sockets)
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
             await self._fail(epoch, participant.vm, error)
@@ -248,7 +251,7 @@ class Agent:
         participant: Participant,
         which: Callable[[Sequence[Tracking], Owner], Sequence[str]],
     ) -> None:
-        vm = await self._vm(Path(participant.qmp))
+        vm = await self._vm(self._sockets.checked(participant.qmp))
         async with vm.turn:  # the next epoch may just have looked at them
             guest = await look_at(vm.monitor)
             for device in participant.disks:

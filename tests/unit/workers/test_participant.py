@@ -13,6 +13,7 @@ from workers.agent.cut import Part
 from workers.agent.files import FileSystems
 from workers.agent.journal import Journal
 from workers.agent.participant import Machine, Taken
+from workers.agent.sockets import Sockets
 
 GONE_ON = Standing(phase=Phase.FREEZING, key=GoKey.OPEN, why="", left_ms=1000)
 
@@ -21,7 +22,7 @@ class Told(Machine):
     """Tells what it does, and cuts when it is let."""
 
     def __init__(self) -> None:
-        super().__init__("db", SimpleNamespace(turn=asyncio.Lock()), Path())  # type: ignore[arg-type]
+        super().__init__("db", SimpleNamespace(turn=asyncio.Lock()), Path(), Sockets(()))  # type: ignore[arg-type]
         self.did: list[str] = []
         self.may_cut = asyncio.Event()
 
