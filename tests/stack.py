@@ -267,6 +267,14 @@ class Nbdkit(Process):
         self.terminate()
 
 
+class Faulty(Nbdkit):
+    """A raw file whose reads or writes fail while the trigger file exists."""
+
+    def __init__(self, image: Path, *errors: str) -> None:
+        self.trigger = image.with_name(image.name + ".trigger")
+        super().__init__(image, "--filter=error", "file", str(image), f"error-file={self.trigger}", *errors)
+
+
 class Writer:
     """Writes to an export again and again, as a guest would, until told to stop."""
 

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from coordinator.model.epoch import Consistency
 from coordinator.model.group import GroupPolicy, GroupSpec
 from coordinator.model.view import CheckpointState
 from tests.deployment import FREEZE_S, Command, Deployment, member_of
+from tests.group_disks import Disks
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
 from tests.live_guest import (
@@ -82,56 +82,6 @@ def test_a_point_tells_how_it_was_made(deployment: Deployment, shop: tuple[Host,
         assert 0 < machine.freeze_ms < FREEZE_S * 1000
         assert point.cut_at <= machine.cut_at <= point.decided_at
     assert GroupSpec.model_validate(point.spec) == deployment.stack.client.group("shop").spec
-
-
-class Disks:
-    """One guest with a disk of each kind, and clones of them that were made in the stop of a cut."""
-
-    def __init__(
-        self, deployment: Deployment, host: Host, group: str, environ: Mapping[str, str] | None = None
-    ) -> None:
-        """`environ` is for the agent."""
-        self.deployment = deployment
-        self.host = host
-        self.group = group
-        self.environ = environ
-        self.clones = deployment.directory / "clones"
-        self.clones.mkdir(exist_ok=True)
-
-    def cloned_point(self) -> int:
-        """A point, and clones of the disks as they were at its cut: the agent sleeps in the stop until they are
-        there. A stop that gets too long for that ends the epoch, and another is tried."""
-        for _ in range(5):
-            self.host.start_agent("between-go-and-cut:stop", self.environ)
-            asked = self.deployment.stack.client.ask_for_checkpoint(self.group)
-            wait_until(self.host.trip.exists, "the agent to sleep in the stop", STEP_S)
-            for disk in self.host.guest.disks:
-                shutil.copyfile(disk.image(self.host.guest.directory), self.clone(disk))
-            self.host.signal_agent(signal.SIGCONT)
-            done = self.deployment.ended(asked)
-            if done.state is CheckpointState.PUBLISHED:
-                return done.point
-        raise AssertionError(done.why)
-
-    def clone(self, disk: LiveDisk) -> Path:
-        return self.clones / disk.image(self.clones).name
-
-    def check(self, point: int) -> None:
-        for disk in self.host.guest.disks:
-            raw = self.clones / "raw"
-            command = ["qemu-img", "convert", "-f", disk.format, "-O", "raw", str(self.clone(disk)), str(raw)]
-            subprocess.run(command, check=True, timeout=30)
-            vm = self.host.guest.directory.name
-            is_equal = self.deployment.bytes_of(self.group, point, f"{vm}/{disk.name}") == raw.read_bytes()
-            assert is_equal, disk
-
-    def aborted(self, failpoint: str) -> None:
-        """An epoch whose agent is killed there; its bitmaps stay."""
-        self.host.start_agent(f"{failpoint}:kill", self.environ)
-        asked = self.deployment.stack.client.ask_for_checkpoint(self.group)
-        wait_until(self.host.trip.exists, f"the agent to reach {failpoint}", STEP_S)
-        self.host.start_agent(environ=self.environ)
-        assert self.deployment.ended(asked).state is CheckpointState.FAILED
 
 
 KILLED_AT = (

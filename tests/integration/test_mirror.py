@@ -20,6 +20,7 @@ from coordinator.model.job import IoStatus, State
 from tests.contract.disks import loop_device, serving_tcp
 from tests.stack import (
     MIB,
+    Faulty,
     Nbdkit,
     QemuNbd,
     Stack,
@@ -328,14 +329,6 @@ def test_a_job_that_completes_by_itself_fails_rather_than_end_half(stack: Stack,
 
 
 # -- errors and policies ------------------------------------------------------------------------------------------
-
-
-class Faulty(Nbdkit):
-    """A raw file whose reads or writes fail while the trigger file exists."""
-
-    def __init__(self, image: Path, *errors: str) -> None:
-        self.trigger = image.with_name(image.name + ".trigger")
-        super().__init__(image, "--filter=error", "file", str(image), f"error-file={self.trigger}", *errors)
 
 
 def test_report_fails_the_job_with_the_range(stack: Stack, disks: Path) -> None:
