@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,14 @@ class Command:
         self._environ = {**deployment.stack.env, "FLUSHPOINT_API": f"unix://{deployment.stack.api_socket}"}
 
     def __call__(self, *words: object, code: int = 0) -> str:
+        done = self._done(words, code)
+        return done.stdout if code == 0 else done.stderr
+
+    def says(self, *words: object) -> str:
+        """What it tells beside its output."""
+        return self._done(words, 0).stderr
+
+    def _done(self, words: tuple[object, ...], code: int) -> subprocess.CompletedProcess[str]:
         done = flushpoint(*words, environ=self._environ)
         assert done.returncode == code, done.stderr
-        return done.stdout if code == 0 else done.stderr
+        return done

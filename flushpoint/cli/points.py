@@ -14,7 +14,7 @@ import typer
 
 from coordinator.model.errors import DamagedError, FlushpointError, NotFoundError, UsageError
 from coordinator.model.job import JobSpec, Sync
-from coordinator.model.point import PointRecord, Retention
+from coordinator.model.point import MirroredDisk, PointMember, PointRecord, Retention
 from coordinator.model.repository_uri import LATEST, RepositoryUri, parse_repository
 from coordinator.model.task import RepositoryTask, TaskKind
 from coordinator.model.uri import FORMATS, NOWHERE, absolute
@@ -54,6 +54,10 @@ def points(
         print(json.dumps([point.model_dump(mode="json") for point in found]))
     else:
         print(_table(found))
+    if known.begun:
+        output.say(
+            f"the targets of {group} are INCONSISTENT: {group}@{known.begun} is written there, or was and given up"
+        )
     for epoch in known.damaged:
         output.say(str(known.damage(epoch)))
     if known.damaged:
@@ -224,6 +228,8 @@ class _Known:
     epochs: list[int]
     """Ascending."""
     damaged: dict[int, str]
+    begun: int = 0
+    """A later epoch that was written to the group's targets, or may have been; 0: none."""
 
     def damage(self, epoch: int) -> DamagedError:
         there = ", ".join(str(e) for e in self.epochs[-10:])
@@ -238,7 +244,7 @@ def _scanned(uri: RepositoryUri, group: str) -> _Known:
     damaged = {int(epoch): message for epoch, message in result["damaged"].get(group, {}).items()}
     if not epochs and not damaged:
         raise NotFoundError(f"there is no point of group {group!r}", "see flushpoint repository scan for the groups")
-    return _Known(result["repository"], epochs, damaged)
+    return _Known(result["repository"], epochs, damaged, result["begun"].get(group, 0))
 
 
 def _points_of(known: _Known, group: str) -> list[PointRecord]:
@@ -253,20 +259,27 @@ def _table(found: list[PointRecord]) -> str:
         (
             str(point.epoch),
             output.duration_text(max(0.0, time.time() - point.cut_at)),
-            point.consistency if point.members else _seeded(point),
-            str(len(point.members)),
-            output.size_text(sum(m.size for m in point.members)),
-            output.size_text(sum(m.bytes_sent for m in point.members)),
-            ", ".join(dict.fromkeys(m.sync for m in point.members)),
+            point.consistency or _seeded(point),
+            str(len(_whole(point))),
+            output.size_text(sum(m.size for m in _whole(point))),
+            output.size_text(sum(m.bytes_sent for m in _whole(point))),
+            ", ".join(dict.fromkeys(m.sync for m in _whole(point))),
         )
         for point in found
     ]
     return output.table([head, *rows])
 
 
+def _whole(point: PointRecord) -> list[PointMember | MirroredDisk]:
+    """Its disks, in the repository and at targets."""
+    return [*point.members, *(disk for disk in point.mirrors if not disk.seeded)]
+
+
 def _seeded(point: PointRecord) -> str:
     """Of a manifest that is no point yet, how far it is on the way to one."""
-    done, all_of_it = (sum(getattr(disk, name) for disk in point.seeding) for name in ("seeded", "size"))
+    parts = [(disk.seeded, disk.size) for disk in point.seeding]
+    parts += [(disk.seeded, disk.size) for disk in point.mirrors if disk.seeded]
+    done, all_of_it = (sum(part[n] for part in parts) for n in (0, 1))
     return f"seeding, {100 * done // max(1, all_of_it)} %"
 
 
@@ -290,7 +303,10 @@ def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, Poin
         newest = _newest(known, group)
         epoch = max([newest.epoch if newest else 0, *known.damaged])
         if epoch == 0:
-            raise NotFoundError(f"group {group!r} has no point yet, its disks are being seeded", "wait for the first")
+            raise NotFoundError(
+                f"no point of group {group!r} is in the repository",
+                f"see flushpoint points {group}: its disks are seeded, or go to targets of their own",
+            )
     if epoch in known.damaged:
         raise known.damage(epoch)
     if epoch not in known.epochs:
@@ -302,6 +318,9 @@ def _chosen(repository: str, point: str, disk: str) -> tuple[RepositoryUri, Poin
         raise NotFoundError(
             f"{group}@{epoch} was removed just now", f"see flushpoint points {group} for those there are"
         )
+    if not chosen.members and chosen.mirrors:
+        where = ", ".join(disk.target for disk in chosen.mirrors)
+        raise NotFoundError(f"{group}@{epoch} is not in the repository, but was at {where}", "take it from there")
     if not chosen.members:
         raise NotFoundError(f"{group}@{epoch} is no point yet: {_seeded(chosen)}", "wait for the first point")
     for one in chosen.seeding:

@@ -95,6 +95,9 @@ def test_targets_hold_a_point_or_are_said_to_hold_none(deployment: Deployment, m
     ended = deployment.ended(asked)
     assert ended.state is (CheckpointState.PUBLISHED if is_staged else CheckpointState.FAILED)
     assert f"INCONSISTENT, some of {name}@{second + 1} over {name}@{second}" in run("group", name)
+    points = ["points", name, "--repository", deployment.repository]
+    told = run.says(*points)
+    assert f"are INCONSISTENT: {name}@{second + 1} is written there" in told or is_staged, "without asking the ledger"
     mirrored.server.trigger.unlink()
     last = tested.cloned_point()
     at_targets(last)

@@ -24,7 +24,8 @@ RECORDED_AT_ONCE = 64
 def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable[[], None]) -> dict[str, Any]:
     """Teach the ledger which points there are, in the groups of the task or in all; what the job tells.
 
-    A manifest that is damaged hides no other: what is said of it is in `damaged`, by its epoch.
+    A manifest that is damaged hides no other: what is said of it is in `damaged`, by its epoch. `begun` has the epochs
+    that were written to a group's targets, or may have been, after the last one that is whole there.
     """
     uri = parse_repository(task.repository).repository
     mark = ledger.points_mark()
@@ -34,6 +35,7 @@ def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable
         listed = {name: decisions.group(name) for name in named} if task.groups else decisions.groups()
         told: dict[str, list[int]] = {}
         damaged: dict[str, dict[int, str]] = {}
+        begun: dict[str, int] = {}
 
         def read(name: str, epochs: list[int]) -> Iterator[PointRecord]:
             for epoch, reading in decisions.read(name, epochs):
@@ -45,6 +47,8 @@ def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable
                     continue
                 if decision is not None and decision.is_point:
                     yield decision.record()
+                elif decision is not None and decision.mirrors:
+                    begun[name] = max(begun.get(name, 0), epoch)
 
         for name in task.groups or sorted({*listed, *ledger.point_groups(repository.id)}):
             present = listed[name].present() if name in listed else []
@@ -57,11 +61,17 @@ def scan(task: RepositoryTask, ledger: Ledger, access: Access, went_on: Callable
             ledger.retain_points(repository.id, name, present, mark)
             if found:
                 told[name] = sorted(found)
+            newest = ledger.points(repository.id, name, after=max(found) - 1, limit=1) if found else []
+            if newest and newest[0].mirrors:
+                at_work = [hold.epoch for hold in decisions.holds_of_epochs(name)]
+                begun[name] = max([begun.get(name, 0), *at_work])
+            if begun.get(name, 0) <= max(found, default=0):
+                begun.pop(name, None)
         if task.groups:
             ledger.record_points(repository.id, str(uri), [], mark)
         else:
             ledger.scanned(repository.id, str(uri))
-        return {"repository": repository.id, "groups": told, "damaged": damaged}
+        return {"repository": repository.id, "groups": told, "damaged": damaged, "begun": begun}
 
 
 def published(ledger: Ledger, target: str, decision: Decision, mark: int) -> None:

@@ -44,7 +44,7 @@ def test_a_scan_teaches_a_ledger_that_knows_nothing_all_points(repository: Repos
     made = [backup(repository, "shop", DATA), backup(repository, "shop", DATA[1:], "compare")]
     other = backup(repository, "other", DATA)
     told = scan(repository, ledger)
-    assert told == {"repository": repository.id, "groups": {"shop": [1, 2], "other": [1]}, "damaged": {}}
+    assert told == {"repository": repository.id, "groups": {"shop": [1, 2], "other": [1]}, "damaged": {}, "begun": {}}
     assert ledger.points(repository.id, "shop") == [decision.record() for decision in made]
     assert ledger.points(repository.id, "other") == [other.record()]
     assert ledger.repositories()[0].scanned_at > 0
