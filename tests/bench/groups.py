@@ -91,7 +91,8 @@ class Floor:
                 new = {"node": view.disk.node, "name": FLOOR_BITMAP}
                 actions = [{"type": "block-dirty-bitmap-add", "data": new}]
                 await monitor.execute("transaction", {"actions": actions})
-                await views.insert(monitor, [view], 10)
+                for command in views.inserting(view):
+                    await monitor.execute(*command)
                 await monitor.execute("query-status")
                 await monitor.execute("cont")
                 return time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, closing, suppress
 from pathlib import Path
 
@@ -130,6 +130,9 @@ async def number_in(machine: Machine, taken: Taken) -> int:
     return number
 
 
+Together = Callable[[], Awaitable[object]]
+
+
 async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -174,7 +177,7 @@ def test_an_epoch_that_one_machine_cannot_freeze_for_is_aborted_for_all(
         async with Group(pair, tmpfs_path) as group:
             lead, follow = group.machines
 
-            async def cannot(deadline_s: float) -> Frozen:
+            async def cannot(deadline_s: float, together: Together) -> Frozen:
                 raise UnavailableError("its disk hangs")
 
             with monkeypatch.context() as patched:
@@ -201,9 +204,9 @@ def test_a_machine_that_is_not_frozen_in_time_aborts_the_epoch_and_nobody_stands
             _, follow = group.machines
             freeze = follow.vm.freeze
 
-            async def late(deadline_s: float) -> Frozen:
+            async def late(deadline_s: float, together: Together) -> Frozen:
                 await asyncio.sleep(2 * deadline_s)
-                return await freeze(deadline_s)
+                return await freeze(deadline_s, together)
 
             with monkeypatch.context() as patched:
                 patched.setattr(follow.vm, "freeze", late)
@@ -226,11 +229,11 @@ def test_a_bitmap_that_somebody_disables_before_the_cut_is_not_believed(
             vm = group.machines[1].vm
             freeze = vm.freeze
 
-            async def disabled(deadline_s: float) -> Frozen:
+            async def disabled(deadline_s: float, together: Together) -> Frozen:
                 disk = (await look_at(vm.monitor)).disk("b")
                 (name,) = [b.name for b in disk.bitmaps if b.name.endswith(f"{group.standing().group}:follow/b:1")]
                 await vm.monitor.execute("block-dirty-bitmap-disable", {"node": disk.node, "name": name})
-                return await freeze(deadline_s)
+                return await freeze(deadline_s, together)
 
             with monkeypatch.context() as patched:
                 patched.setattr(vm, "freeze", disabled)

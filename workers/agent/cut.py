@@ -2,6 +2,7 @@
 
     freeze()    stop; from here on the guest's deadline runs
     take()      rotate bitmaps, insert views
+    confirm()   it has not run since
     thaw()      cont
 
 A cut counts only if nobody let the guest run in between: the monitor's own stream of events must show no RESUME from
@@ -12,19 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from coordinator.model.bitmap import Rotation
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
-from workers.agent import views
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
-from workers.agent.monitor import GuestSilentError, Monitor
-from workers.agent.views import View
+from workers.agent.monitor import Command, GuestSilentError, Monitor
+from workers.agent.views import View, inserting
 
 _RAN = frozenset({"RESUME", "WAKEUP"})
+
+
+async def _at_once() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Frozen:
     was_running: bool
     stopped_at: float
     ends_at: float
+    blocks: Sequence[Mapping[str, Any]] = ()
+    """What query-block told when it stood still."""
 
 
 class Vm:
@@ -60,9 +67,10 @@ class Vm:
         self.guard = guard
         self.journal = journal
 
-    async def freeze(self, deadline_s: float) -> Frozen:
+    async def freeze(self, deadline_s: float, together: Callable[[], Awaitable[object]] = _at_once) -> Frozen:
         """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError while it is
-        migrated; UnavailableError if the guard or the journal fails, and then it is not stopped."""
+        migrated; UnavailableError if the guard or the journal fails, and then it is not stopped. `together` is waited
+        for when all is ready for the stop."""
         status = await self.monitor.execute("query-status")
         if status["status"] in ("inmigrate", "finish-migrate"):
             raise RefusedError("the guest is being migrated", "try again when that is done")
@@ -74,24 +82,30 @@ class Vm:
             except FlushpointError:
                 await asyncio.to_thread(self.journal.erase, self.monitor.path)  # it was never stopped
                 raise
-        heard, begun = self.monitor.heard, time.monotonic()
-        frozen = Frozen(heard, was_running, begun, begun + deadline_s)
-        if was_running:
-            try:
-                await self.monitor.execute("stop", timeout_s=deadline_s)
-            except BaseException:
-                await self.thaw(frozen)
-                raise
-        return frozen
+        begun = time.monotonic()
+        frozen = Frozen(self.monitor.heard, was_running, begun, begun + deadline_s)
+        stop: list[Command] = [("stop", {})] if was_running else []
+        try:
+            await together()
+            frozen = replace(frozen, heard=self.monitor.heard, stopped_at=time.monotonic())
+            *_, blocks = await self.monitor.execute_all([*stop, ("query-block", {})], deadline_s)
+        except BaseException:
+            await self.thaw(frozen)
+            raise
+        return replace(frozen, blocks=blocks)
 
     async def take(self, frozen: Frozen, parts: Sequence[Part]) -> None:
         """Rotate and insert, all within the deadline. RefusedError if the guest ran meanwhile: the views are worth
         nothing then. After any error they are to be removed."""
-        if any(part.rotation.since for part in parts):
-            await self._refuse_changed(frozen, parts)
-        if parts:
-            await self.monitor.execute("transaction", {"actions": _actions(parts)}, _left(frozen))
-        await views.insert(self.monitor, [part.view for part in parts], _left(frozen))
+        _refuse_changed(frozen.blocks, parts)
+        commands: list[Command] = [("transaction", {"actions": _actions(parts)})] if parts else []
+        for part in parts:
+            commands += inserting(part.view)
+        await self.monitor.execute_all(commands, _left(frozen))
+        await self.confirm(frozen)
+
+    async def confirm(self, frozen: Frozen) -> None:
+        """RefusedError if the guest has run since it was stopped."""
         status = await self.monitor.execute("query-status", timeout_s=_left(frozen))
         ran = [event.name for event in self.monitor.events_since(frozen.heard) if event.name in _RAN]
         if status["running"] or ran:
@@ -99,21 +113,6 @@ class Vm:
                 "somebody let the guest run while it was cut",
                 "keep others from continuing it, or give it a longer deadline",
             )
-
-    async def _refuse_changed(self, frozen: Frozen, parts: Sequence[Part]) -> None:
-        """RefusedError if bitmaps are not what they were when the rotation was decided: who has disabled one since, has
-        hidden writes from it."""
-        for block in await self.monitor.execute("query-block", timeout_s=_left(frozen)):
-            inserted = block.get("inserted") or {}
-            now = {bitmap.get("name"): bool(bitmap["recording"]) for bitmap in inserted.get("dirty-bitmaps", ())}
-            for part in parts:
-                if part.view.disk.node != inserted.get("node-name") or not part.rotation.since:
-                    continue
-                if any(now.get(name) is not (name in part.rotation.disable) for name in part.rotation.changed):
-                    raise RefusedError(
-                        f"somebody has changed the bitmaps of {part.view.disk.device} just now",
-                        "keep others from them; the next epoch compares contents",
-                    )
 
     async def thaw(self, frozen: Frozen) -> float:
         """Let the guest run again if it did before; how long it stood still, in seconds. GuestSilentError: then the
@@ -154,6 +153,22 @@ async def let_run(journal: Journal) -> list[str]:
                 await monitor.close()
         journal.erase(path)
     return done
+
+
+def _refuse_changed(blocks: Sequence[Mapping[str, Any]], parts: Sequence[Part]) -> None:
+    """RefusedError if bitmaps were not what they had been when the rotation was decided: who has disabled one since has
+    hidden writes from it. `blocks` as query-block told before the rotation."""
+    for block in blocks:
+        inserted = block.get("inserted") or {}
+        now = {bitmap.get("name"): bool(bitmap["recording"]) for bitmap in inserted.get("dirty-bitmaps", ())}
+        for part in parts:
+            if part.view.disk.node != inserted.get("node-name") or not part.rotation.since:
+                continue
+            if any(now.get(name) is not (name in part.rotation.disable) for name in part.rotation.changed):
+                raise RefusedError(
+                    f"somebody has changed the bitmaps of {part.view.disk.device} just now",
+                    "keep others from them; the next epoch compares contents",
+                )
 
 
 def _left(frozen: Frozen) -> float:

@@ -62,6 +62,8 @@ ALLOWED = frozenset(
 )
 """All that is ever said to a guest's QEMU."""
 
+Command = tuple[str, Mapping[str, object]]
+"""Its name and its arguments."""
 _PEER = struct.Struct("iII")
 
 
@@ -164,6 +166,20 @@ class Monitor:
     def is_open(self) -> bool:
         """Whether its QEMU has not ended the connection, as it does when it ends itself."""
         return self._client.runstate is Runstate.RUNNING
+
+    async def execute_all(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
+        """What QEMU returns to each; sent at once, they cost one wait for an answer. They are done in this order, those
+        after one that fails as well; then the error of the first that does is raised, once all are answered."""
+        asked = [asyncio.create_task(self.execute(name, arguments, timeout_s)) for name, arguments in commands]
+        try:
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        finally:
+            for one in asked:
+                one.cancel()
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
 
     @property
     def heard(self) -> int:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.bitmap import Owner, rotate
@@ -25,10 +27,14 @@ from workers.agent.feed import Feed
 from workers.agent.files import FileSystems
 from workers.agent.guest import look_at
 from workers.agent.guest_agent import ANSWER_S
+from workers.agent.muster import Muster
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
 from workers.agent.views import prepare, remove
 from workers.failpoint import pass_point
+
+MUSTER_SHARE = 0.25
+"""Of the deadline, for which a machine that could be stopped waits for others of its host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +56,13 @@ class AbortedError(FlushpointError):
 class Machine:
     """One machine, its monitor, where its scratch images go, and the sockets its guest agent may be among."""
 
-    def __init__(self, name: str, vm: Vm, room: Room, sockets: Sockets) -> None:
+    def __init__(self, name: str, vm: Vm, room: Room, sockets: Sockets, muster: Muster | None = None) -> None:
+        """With the others of `muster` it is stopped at once."""
         self.name = name
         self.vm = vm
         self._room = room
         self._sockets = sockets
+        self._muster = muster or Muster([name])
 
     async def take_part(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Taken:
         """From the preparation to the cut, one epoch at a time: one that was aborted after its go may be about to cut
@@ -71,6 +79,7 @@ class Machine:
                     refuse_aborted(epoch, standing)
                     return await self._cut(epoch, parts, files, barrier, feed)
             except BaseException as error:
+                self._muster.leave(self.name)
                 await self._drop(parts)
                 await self._tell(epoch, barrier, error)
                 raise
@@ -146,19 +155,22 @@ class Machine:
     ) -> tuple[float, float]:
         if left_s <= 0:
             raise UnavailableError(f"{self.name} was not stopped in time", "look at what its host is busy with")
-        frozen = await self.vm.freeze(left_s)
+        frozen = await self.vm.freeze(left_s, partial(self._muster.wait, self.name, MUSTER_SHARE * left_s))
         try:
             pass_point("between-stop-and-frozen")
-            async with asyncio.timeout(left_s):
-                standing = await barrier.frozen(epoch, self.name)
-                standing = await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN)
-            refuse_aborted(epoch, standing)
-            pass_point("between-go-and-cut")
             cut_at = time.time()
-            await self.vm.take(frozen, parts)
+            async with asyncio.timeout(left_s):
+                # Nothing is written from here on, so the views may be taken while the others are waited for.
+                await _side_by_side(self.vm.take(frozen, parts), self._wait_to_go(epoch, barrier, feed))
+            pass_point("between-go-and-cut")
+            await self.vm.confirm(frozen)
         finally:
             stood_s = await self.vm.thaw(frozen)
         return cut_at, stood_s
+
+    async def _wait_to_go(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> None:
+        standing = await barrier.frozen(epoch, self.name)
+        refuse_aborted(epoch, await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN))
 
     async def _drop(self, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -169,6 +181,17 @@ class Machine:
         if not isinstance(error, AbortedError):
             with suppress(FlushpointError):  # its agent says it again
                 await fail(epoch, self.name, barrier, why_of(error))
+
+
+async def _side_by_side(*work: Coroutine[Any, Any, object]) -> None:
+    """The first that fails ends the other."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def refuse_aborted(epoch: Epoch, standing: Standing) -> None:

@@ -36,6 +36,7 @@ from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
+from workers.agent.muster import Muster
 from workers.agent.participant import AbortedError, Machine, Taken, fail, recover, why_of
 from workers.agent.relay import Relay
 from workers.agent.room import Room
@@ -134,16 +135,19 @@ class Agent:
         except FlushpointError as error:
             log.warning("cannot take part", epoch=f"{group}@{number}", error=str(error))
             return
-        await asyncio.gather(*(self._drive(epoch, participant) for participant in epoch.on(self._host)))
+        ours = epoch.on(self._host)
+        muster = Muster(participant.vm for participant in ours)
+        await asyncio.gather(*(self._drive(epoch, participant, muster) for participant in ours))
 
-    async def _drive(self, epoch: Epoch, participant: Participant) -> None:
+    async def _drive(self, epoch: Epoch, participant: Participant, muster: Muster) -> None:
         said = log.bind(epoch=epoch.name, vm=participant.vm)
         try:
             vm = await self._vm(self._sockets.checked(participant.qmp))
             self._room.refuse_unless_enough()
-            machine = Machine(participant.vm, vm, self._room, self._sockets)
+            machine = Machine(participant.vm, vm, self._room, self._sockets, muster)
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
+            muster.leave(participant.vm)
             await self._fail(epoch, participant.vm, error)
             return
         try:

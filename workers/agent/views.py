@@ -34,7 +34,7 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from pydantic import BaseModel
 
 from coordinator.model.errors import RefusedError, UnavailableError
 from workers.agent.guest import OURS, Guest, GuestDisk, look_at
-from workers.agent.monitor import ANSWER_S, GuestRefusedError, Monitor
+from workers.agent.monitor import Command, GuestRefusedError, Monitor
 
 OLDEST = (7, 1, 0)
 _OPENS_UNDER_LOAD = (9, 0, 0)
@@ -108,15 +108,15 @@ async def prepare(monitor: Monitor, guest: Guest, disk: GuestDisk, directory: Pa
         await make_image(monitor, view.scratch, disk.size)
         await add_image(monitor, view.scratch_node, view.scratch)
         if not view.opens_when_stopped:
-            await _add_filter(monitor, view, ANSWER_S)
+            await monitor.execute(*_adding_filter(view))
     except BaseException:
         await remove(monitor, view)
         raise
     return view
 
 
-async def _add_filter(monitor: Monitor, view: View, timeout_s: float) -> None:
-    arguments = {
+def _adding_filter(view: View) -> Command:
+    return "blockdev-add", {
         "driver": "copy-before-write",
         "node-name": view.filter_node,
         "file": view.disk.node,
@@ -124,23 +124,15 @@ async def _add_filter(monitor: Monitor, view: View, timeout_s: float) -> None:
         "on-cbw-error": "break-snapshot",
         "cbw-timeout": CBW_TIMEOUT_S,
     }
-    await monitor.execute("blockdev-add", arguments, timeout_s)
 
 
-async def insert(monitor: Monitor, views: Sequence[View], timeout_s: float) -> None:
-    """Put the filters of stopped guest's disks in place; each command within `timeout_s`. What was inserted before an
-    error is taken away again by `remove`."""
-    for view in views:
-        if view.opens_when_stopped:
-            await _add_filter(monitor, view, timeout_s)
-        await monitor.execute(
-            "qom-set", {"path": view.disk.path, "property": "drive", "value": view.filter_node}, timeout_s
-        )
-        await monitor.execute(
-            "blockdev-add",
-            {"driver": "snapshot-access", "node-name": view.access, "file": view.filter_node},
-            timeout_s,
-        )
+def inserting(view: View) -> Iterator[Command]:
+    """What puts the filter of a stopped guest's disk in place, in this order. What was inserted before an error
+    `remove` takes away again."""
+    if view.opens_when_stopped:
+        yield _adding_filter(view)
+    yield "qom-set", {"path": view.disk.path, "property": "drive", "value": view.filter_node}
+    yield "blockdev-add", {"driver": "snapshot-access", "node-name": view.access, "file": view.filter_node}
 
 
 async def remove(monitor: Monitor, view: View) -> None:
