@@ -330,6 +330,10 @@ class GroupRecord(BaseModel):
         return request in waiting or self.outcome_for(request) is not None
 
 
+def changed(group: GroupRecord, **changes: Any) -> GroupRecord:
+    return group.model_copy(update=changes)
+
+
 def respecified(group: GroupRecord, spec: GroupSpec) -> GroupRecord:
     """The group with another spec, and what that takes out of it."""
     stay = {(m.host, m.qmp, disk) for m in spec.members for disk in m.disks}

@@ -7,21 +7,34 @@ All or nothing: whatever one disk or one machine fails at ends the round, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from dataclasses import field as dataclass_field
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from coordinator.model.actions import (
+    Action,
+    Begin,
+    Cancel,
+    Dismiss,
+    Finalize,
+    GiveUp,
+    Keep,
+    Retire,
+    Seen,
+    Steer,
+    Submit,
+)
 from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, Phase
 from coordinator.model.events import EventName
-from coordinator.model.group import FAILED_JOBS_KEPT, OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage
+from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage, changed
+from coordinator.model.group_jobs import astray, failure, put_away, succeeded
 from coordinator.model.job import JobRecord, JobSpec, State, Sync
-from coordinator.model.mirror import Applying, begun, state_of, written
 from coordinator.model.mirror import decided as decided_mirrors
-from coordinator.model.mirror import is_synced as synced
+from coordinator.model.mirror import state_of, written
 from coordinator.model.point import Decision, MachineCut, Member, MirroredDisk, SeedMember
 from coordinator.model.repository_uri import parse_repository
-from coordinator.model.schedule import LONGEST_PAUSE_S, due_at, misses_rpo, prune_is_due, speed_at
+from coordinator.model.schedule import LONGEST_PAUSE_S, due_at, misses_rpo, prune_is_due
+from coordinator.model.targets import apply, apply_jobs, marked, target_events
 from coordinator.model.task import (
     AbandonEpoch,
     DecidedEpoch,
@@ -35,80 +48,6 @@ from coordinator.model.task import (
 
 END_WITHIN_S = 3600.0
 """For so long the repository is asked how an epoch was decided; by then its hold is stale, and others end it."""
-STEERED = frozenset({State.CREATED, State.RUNNING, State.PAUSED, State.READY, State.STANDBY})
-"""States in which a job still copies, or may."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What of a group's round was found: all its jobs that exist, by their ids, and the group's newest epoch."""
-
-    jobs: Mapping[str, JobRecord] = dataclass_field(default_factory=dict)
-    epoch: Epoch | None = None
-    busy: str = ""
-    """Another group that is just cutting one of these machines."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Record how the group stands now; `sentence` is what the control loop logs."""
-
-    sentence: str
-    group: GroupRecord
-    events: tuple[tuple[EventName, Mapping[str, Any]], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    jobs: Mapping[str, JobSpec]
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Open the ledger's epoch, with a number greater than `after`."""
-
-    spec: EpochSpec
-    after: int
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    number: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Retire:
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """By force: what was copied is worth nothing."""
-
-    jobs: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finalize:
-    jobs: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Dismiss:
-    jobs: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Steer:
-    """Bring jobs to what their group is told: copies rest while it is paused, and share its limit."""
-
-    jobs: tuple[str, ...]
-    paused: bool
-    speed: int
-
-
-Action = Keep | Submit | Begin | GiveUp | Retire | Cancel | Finalize | Dismiss | Steer
 
 
 def jobs_of(group: GroupRecord) -> tuple[str, ...]:
@@ -125,10 +64,12 @@ def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Ac
     if group.done_with:
         found = [job for job_id in group.done_with if (job := seen.jobs.get(job_id)) is not None]
         there = tuple(job.id for job in found if job.state is State.CONCLUDED)
-        return Dismiss(there) if there else Keep("has put away the jobs of its last round", _with(group, done_with=()))
+        return (
+            Dismiss(there) if there else Keep("has put away the jobs of its last round", changed(group, done_with=()))
+        )
     if (pruning := _prune(group, seen, now)) is not None:
         return pruning
-    if (applying := _apply(group, seen, round_id, now)) is not None:
+    if (applying := apply(group, seen, round_id, now)) is not None:
         return applying
     if group.round is None:
         due = due_at(group)
@@ -155,11 +96,11 @@ def _tell_rpo(group: GroupRecord, now: float) -> Keep | None:
         return None
     rpo, age = group.spec.policy.rpo, now - group.published_cut_at
     if rpo == 0:
-        return Keep("has no recovery point objective any more, which it missed", _with(group, rpo_missed=False))
+        return Keep("has no recovery point objective any more, which it missed", changed(group, rpo_missed=False))
     facts = {"group": group.name, "epoch": group.published, "rpo_s": rpo, "age_s": round(age, 3)}
     name = EventName.RPO_MISSED if missed else EventName.RPO_RECOVERED
     told = f"has a newest point of {age:.1f} s, and may have one of {rpo:g} s"
-    return Keep(told, _with(group, rpo_missed=missed), ((name, facts),))
+    return Keep(told, changed(group, rpo_missed=missed), ((name, facts),))
 
 
 def _prune(group: GroupRecord, seen: Seen, now: float) -> Action | None:
@@ -172,95 +113,21 @@ def _prune(group: GroupRecord, seen: Seen, now: float) -> Action | None:
             return Submit({group.prune_job: JobSpec(task=task)})
         if job.state is not State.CONCLUDED:
             return None
-        told = "has removed what no rule keeps" if _succeeded(job) else f"could not prune: {_failure(job)}"
-        return Keep(told, _with(_put_away(group, [job]), prune_job=""))
+        told = "has removed what no rule keeps" if succeeded(job) else f"could not prune: {failure(job)}"
+        return Keep(told, changed(put_away(group, [job]), prune_job=""))
     if not prune_is_due(group, now):
         return None
     job_id = f"prune-{group.name}-{group.published}"
-    return Keep("removes what no rule keeps", _with(group, prune_job=job_id, pruned=group.published, pruned_at=now))
-
-
-def _apply(group: GroupRecord, seen: Seen, apply_id: str, now: float) -> Action | None:
-    """Bring the newest point to the targets, where it went to the repository first: beside all rounds, so that a target
-    that is away keeps nobody from having points. What was begun and failed is compared the next time."""
-    at_work, mirror = group.applying, group.spec.mirror
-    if at_work is None:
-        if mirror is None or not mirror.staged or group.paused or now < group.apply_at:
-            return None
-        known = {disk: state_of(group.mirrors, disk, mirror.targets[disk]) for disk in mirror.targets}
-        behind = {
-            disk: state
-            for disk, state in known.items()
-            if disk in group.covered and (state.begun or state.epoch != group.published)
-        }
-        if not behind:
-            return None
-        targets = {disk: state.target for disk, state in behind.items()}
-        since = {disk: state.epoch for disk, state in behind.items() if state.is_consistent}
-        begun_now = Applying(id=apply_id, point=group.published, targets=targets, since=since)
-        moved = _with(group, applying=begun_now)
-        return _changed(f"brings {group.name}@{group.published} to its targets", group, moved, targets, group.published)
-    jobs = {disk: seen.jobs.get(job_id) for disk, job_id in apply_jobs(at_work).items()}
-    if missing := [disk for disk, job in jobs.items() if job is None]:
-        return Submit({apply_jobs(at_work)[disk]: _apply_spec(group, at_work, disk) for disk in missing})
-    found = [job for job in jobs.values() if job is not None]
-    if (steer := _astray(group, found, now)) is not None:
-        return steer
-    if not all(job.state is State.CONCLUDED for job in found):
-        return None
-    after = _put_away(_with(group, applying=None), found)
-    if failed := [f"{disk}: {_failure(job)}" for disk, job in jobs.items() if job and not _succeeded(job)]:
-        opened = [disk for disk, job in jobs.items() if job is not None and job.disk_size]
-        again = {
-            "apply_failures": group.apply_failures + 1,
-            "apply_at": now + min(2.0**group.apply_failures, LONGEST_PAUSE_S),
-            "mirrors": written(group.mirrors, opened),
-        }
-        return Keep(f"cannot bring {group.name}@{at_work.point} to its targets: {failed[0]}", _with(after, **again))
-    done = decided_mirrors(group.mirrors, at_work.targets, at_work.point)
-    kept = _with(after, mirrors=done, apply_failures=0, apply_at=0.0)
-    return Keep(f"has brought {group.name}@{at_work.point} to its targets", kept, _mirror_events(group, kept))
-
-
-def apply_jobs(applying: Applying) -> dict[str, str]:
-    """By VM/DISK."""
-    return {disk: f"{applying.id}-apply-{number}" for number, disk in enumerate(applying.targets)}
-
-
-def _apply_spec(group: GroupRecord, applying: Applying, disk: str) -> JobSpec:
-    uri = parse_repository(group.spec.repository).repository
-    state = state_of(group.mirrors, disk, applying.targets[disk])
-    since = applying.since.get(disk, 0)
-    return JobSpec(
-        source=str(replace(uri, group=group.name, disk=disk, point=applying.point, since=since)),
-        target=state.target,
-        sync=Sync.TOP if since else Sync.INCREMENTAL if state.is_ours else Sync.FULL,
-        adds=since > 0,
-        overwrite=group.spec.mirror is not None and group.spec.mirror.overwrite,
-        of_group=group.name,
-    )
+    return Keep("removes what no rule keeps", changed(group, prune_job=job_id, pruned=group.published, pruned_at=now))
 
 
 def _steer(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Steer | None:
-    return _astray(group, [job for copy in _copies(at_work) if (job := seen.jobs.get(copy)) is not None], now)
-
-
-def _astray(group: GroupRecord, jobs: Iterable[JobRecord], now: float) -> Steer | None:
-    """Those that do not do what the group is told."""
-    speed = speed_at(group.spec.policy, now)
-    astray = [
-        job.id
-        for job in jobs
-        if not job.cancel_requested
-        and job.state in STEERED
-        and (job.pause_requested != group.paused or job.speed != speed)
-    ]
-    return Steer(tuple(astray), group.paused, speed) if astray else None
+    return astray(group, [job for copy in _copies(at_work) if (job := seen.jobs.get(copy)) is not None], now)
 
 
 def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
     begun = Round(id=round_id, spec=group.spec, begun_at=now, requests=group.requests, leaving=group.leaving)
-    return Keep("begins a round", _with(group, round=begun, requests=()))
+    return Keep("begins a round", changed(group, round=begun, requests=()))
 
 
 def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
@@ -278,8 +145,8 @@ def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
         return Submit({job_id: JobSpec(task=task)})
     if job.state is not State.CONCLUDED:
         return None
-    if not _succeeded(job):
-        return _end(group, at_work, _failure(job), now)
+    if not succeeded(job):
+        return _end(group, at_work, failure(job), now)
     opened = OpenedEpoch.model_validate_json(job.result)
     moved = at_work.model_copy(
         update={
@@ -293,7 +160,7 @@ def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
         }
     )
     counted = max(group.counted, opened.number)
-    return Keep(f"has announced epoch {opened.number}", _with(group, round=moved, counted=counted))
+    return Keep(f"has announced epoch {opened.number}", changed(group, round=moved, counted=counted))
 
 
 def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
@@ -302,7 +169,9 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         return Keep("has begun its epoch", _moved(group, at_work, Stage.CUTTING))
     if epoch is not None and epoch.number > at_work.number:
         counted = max(group.counted, epoch.number)
-        return _end(_with(group, counted=counted), at_work, f"the ledger has counted to {epoch.number} meanwhile", now)
+        return _end(
+            changed(group, counted=counted), at_work, f"the ledger has counted to {epoch.number} meanwhile", now
+        )
     if epoch is not None and not epoch.is_over:
         return GiveUp(epoch.number, "another one is begun")
     if seen.busy:
@@ -331,7 +200,7 @@ def _cutting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
     if seen.epoch.phase is not Phase.READABLE:
         return None
     targets = at_work.spec.written_targets
-    return _changed("is cut, and can be read", group, _moved(group, at_work, Stage.COPYING), targets, at_work.number)
+    return marked("is cut, and can be read", group, _moved(group, at_work, Stage.COPYING), targets, at_work.number)
 
 
 def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
@@ -345,8 +214,8 @@ def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
         return Submit({job_id: specs[job_id] for job_id in missing})
     jobs = [seen.jobs[job_id] for job_id in copies]
     for disk, job in zip(at_work.spec.disks, jobs, strict=True):
-        if job.state is State.CONCLUDED and not _succeeded(job):
-            return _end(group, at_work, f"{disk}: {_failure(job)}", now)
+        if job.state is State.CONCLUDED and not succeeded(job):
+            return _end(group, at_work, f"{disk}: {failure(job)}", now)
     if not all(job.state in (State.PENDING, State.CONCLUDED) for job in jobs):
         return None
     return Keep("is copied", _moved(group, at_work, Stage.PUBLISHING))
@@ -371,8 +240,8 @@ def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> A
         return Submit({job_id: JobSpec(task=task)})
     if job.state is not State.CONCLUDED:
         return None
-    if not _succeeded(job):
-        return _end(group, at_work, _failure(job), now)
+    if not succeeded(job):
+        return _end(group, at_work, failure(job), now)
     going = [job for copy in copies if (job := seen.jobs.get(copy)) and job.state is not State.CONCLUDED]
     if going:
         pending = tuple(job.id for job in going if not job.finalize_requested)
@@ -407,12 +276,12 @@ def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Actio
         return Submit({job_id: JobSpec(task=task)})
     if job is not None and job.state is not State.CONCLUDED:
         return None
-    if job is not None and not _succeeded(job) and now < at_work.ending_at + END_WITHIN_S:
+    if job is not None and not succeeded(job) and now < at_work.ending_at + END_WITHIN_S:
         # Its manifest may be there: what is not known must not be told as failed.
         again = {"ends": at_work.ends + 1, "end_at": now + min(2.0**at_work.ends, LONGEST_PAUSE_S)}
         waiting = at_work.model_copy(update=again)
-        told = f"cannot tell yet whether epoch {at_work.number} was published: {_failure(job)}"
-        return Keep(told, _with(group, round=waiting, done_with=(job.id,)))
+        told = f"cannot tell yet whether epoch {at_work.number} was published: {failure(job)}"
+        return Keep(told, changed(group, round=waiting, done_with=(job.id,)))
     return _over(group, at_work, seen, now)
 
 
@@ -432,13 +301,13 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
     decided = next((found for job in jobs if job is not None and (found := _decided(job)) and found.is_point), None)
     if decided is not None:
         return _published(group, at_work, seen, decided, now)
-    group = _put_away(group, _rounds_own(at_work, seen))
-    group = _with(group, mirrors=written(group.mirrors, _opened_targets(group, at_work, seen)))
+    group = put_away(group, _rounds_own(at_work, seen))
+    group = changed(group, mirrors=written(group.mirrors, _opened_targets(group, at_work, seen)))
     aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
     outcome = _outcome(at_work, now).model_copy(update={"requests": at_work.requests, "why": at_work.why})
     return Keep(
         f"ends its round without a point: {at_work.why}",
-        _with(group, round=None, outcomes=(*group.outcomes, outcome)[-OUTCOMES_KEPT:]),
+        changed(group, round=None, outcomes=(*group.outcomes, outcome)[-OUTCOMES_KEPT:]),
         ((EventName.GROUP_ABORTED, aborted),),
     )
 
@@ -446,7 +315,7 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
 def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedEpoch, now: float) -> Keep:
     """A point for whoever asked, if it has every disk; one that the group's age is told by, if it has those that the
     point before had; else a step on the way there."""
-    before, group = group, _put_away(group, _rounds_own(at_work, seen))
+    before, group = group, put_away(group, _rounds_own(at_work, seen))
     changes: dict[str, Any] = {
         "round": None,
         "leaving": tuple(one for one in group.leaving if one not in at_work.leaving),
@@ -469,8 +338,8 @@ def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedE
         sentence = f"has copied a further part, as {group.name}@{at_work.number}"
     if at_work.spec.written_targets:
         changes["mirrors"] = decided_mirrors(group.mirrors, decided.disks, at_work.number)
-    kept = _with(group, outcomes=(*outcomes, outcome)[-OUTCOMES_KEPT:], **changes)
-    return Keep(sentence, kept, _mirror_events(before, kept))
+    kept = changed(group, outcomes=(*outcomes, outcome)[-OUTCOMES_KEPT:], **changes)
+    return Keep(sentence, kept, target_events(before, kept))
 
 
 def _outcome(at_work: Round, now: float) -> Outcome:
@@ -482,14 +351,6 @@ def _outcome(at_work: Round, now: float) -> Outcome:
         begun_at=at_work.begun_at,
         ended_at=now,
     )
-
-
-def _put_away(group: GroupRecord, jobs: Iterable[JobRecord]) -> GroupRecord:
-    """Those that failed are left for people to look at, the last few: they take places of users' jobs."""
-    over = {job.id: job.failed for job in jobs}
-    failed = tuple(dict.fromkeys((*group.failed, *(job_id for job_id in over if over[job_id]))))
-    gone = (*failed[:-FAILED_JOBS_KEPT], *(job_id for job_id in over if not over[job_id]))
-    return _with(group, failed=failed[-FAILED_JOBS_KEPT:], done_with=(*group.done_with, *gone))
 
 
 def _rounds_own(at_work: Round, seen: Seen) -> list[JobRecord]:
@@ -516,23 +377,9 @@ def _touched(group: GroupRecord, at_work: Round) -> tuple[MirroredDisk, ...]:
     )
 
 
-def _changed(sentence: str, before: GroupRecord, group: GroupRecord, targets: Mapping[str, str], number: int) -> Keep:
-    """With its targets marked before anything is written there."""
-    kept = _with(group, mirrors=begun(group.mirrors, targets, number))
-    return Keep(sentence, kept, _mirror_events(before, kept))
-
-
-def _mirror_events(before: GroupRecord, after: GroupRecord) -> tuple[tuple[EventName, Mapping[str, Any]], ...]:
-    is_synced = synced(after.mirrors)
-    if is_synced == synced(before.mirrors):
-        return ()
-    facts = {"group": after.name, "epoch": max(state.epoch for state in after.mirrors.values()), "synced": is_synced}
-    return ((EventName.MIRROR_STATE_CHANGE, facts),)
-
-
 def _end(group: GroupRecord, at_work: Round, why: str, now: float) -> Keep:
     ending = at_work.model_copy(update={"stage": Stage.ENDING, "why": why, "ending_at": now})
-    return Keep(f"gives its round up: {why}", _with(group, round=ending))
+    return Keep(f"gives its round up: {why}", changed(group, round=ending))
 
 
 def _lost(at_work: Round, seen: Seen) -> str:
@@ -668,23 +515,11 @@ def _copies(at_work: Round) -> list[str]:
     return [_job(at_work, str(number)) for number, _ in enumerate(at_work.spec.disks)]
 
 
-def _succeeded(job: JobRecord) -> bool:
-    return job.state is State.CONCLUDED and not job.failed and not job.cancelled
-
-
-def _failure(job: JobRecord) -> str:
-    return job.error or f"job {job.id} was cancelled"
-
-
 def _decided(job: JobRecord) -> DecidedEpoch | None:
     """What a job tells that publishes an epoch or ends it; None if it has failed."""
-    is_there = _succeeded(job) and isinstance(job.spec.task, PublishEpoch | AbandonEpoch)
+    is_there = succeeded(job) and isinstance(job.spec.task, PublishEpoch | AbandonEpoch)
     return DecidedEpoch.model_validate_json(job.result) if is_there else None
 
 
 def _moved(group: GroupRecord, at_work: Round, stage: Stage) -> GroupRecord:
-    return _with(group, round=at_work.model_copy(update={"stage": stage}))
-
-
-def _with(group: GroupRecord, **changes: Any) -> GroupRecord:
-    return group.model_copy(update=changes)
+    return changed(group, round=at_work.model_copy(update={"stage": stage}))

@@ -8,10 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 from coordinator.ledger.contract import ConflictError, Ledger, NewEvent, Term
-from coordinator.model.errors import NotFoundError
-from coordinator.model.group import GroupRecord, Round, Stage, share_a_machine
-from coordinator.model.job import Verb
-from coordinator.model.round import (
+from coordinator.model.actions import (
     Action,
     Begin,
     Cancel,
@@ -23,9 +20,11 @@ from coordinator.model.round import (
     Seen,
     Steer,
     Submit,
-    jobs_of,
-    next_action,
 )
+from coordinator.model.errors import NotFoundError
+from coordinator.model.group import GroupRecord, Round, Stage, share_a_machine
+from coordinator.model.job import Verb
+from coordinator.model.round import jobs_of, next_action
 from coordinator.model.step import VerbArguments, apply_verb
 
 ACTIONS_A_VISIT = 16
