@@ -7,6 +7,7 @@ synchronously or not.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -26,7 +27,7 @@ from coordinator.model.errors import (
 from coordinator.model.group import GroupSpec, GroupVerb
 from coordinator.model.job import JobSpec, State, Verb
 from coordinator.model.point import PointRecord, RepositoryRecord
-from coordinator.model.view import CheckpointView, GroupView, JobView
+from coordinator.model.view import CheckpointView, CompletionView, GroupView, JobView
 
 T = TypeVar("T")
 
@@ -114,6 +115,7 @@ _REPOSITORIES = TypeAdapter(RepositoryList).validate_json
 _POINT_GROUPS = TypeAdapter(dict[str, int]).validate_json
 _GROUP = TypeAdapter(GroupView).validate_json
 _GROUP_LIST = TypeAdapter(GroupList).validate_json
+_COMPLETION = TypeAdapter(CompletionView).validate_json
 _CHECKPOINT = TypeAdapter(CheckpointView).validate_json
 _HEALTH = TypeAdapter(Health).validate_json
 
@@ -244,6 +246,25 @@ def checkpoint(name: str, request: str) -> Conversation[CheckpointView]:
     path = f"{_group_path(name)}/checkpoints/{quote(request, safe='')}"
     while True:
         found: CheckpointView = yield _get(path, _CHECKPOINT, {"wait": f"{POLL_S:g}"}, POLL_S)
+        if found.is_over:
+            yield Item(found)
+            return
+
+
+def ask_to_complete_group(
+    name: str, *, pivot: bool = False, downtime_s: float = 5.0, idempotency_key: str = ""
+) -> Call[CompletionView]:
+    """Make a last point of a group, or let its guests go on with its targets, and have no other; see `completion`."""
+    headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+    body = json.dumps({"pivot": pivot, "downtime": downtime_s}).encode()
+    return Call("POST", f"{_group_path(name)}/complete", _COMPLETION, headers=headers, body=body, repeatable=True)
+
+
+def completion(name: str, request: str) -> Conversation[CompletionView]:
+    """What became of it, once it is over."""
+    path = f"{_group_path(name)}/completions/{quote(request, safe='')}"
+    while True:
+        found: CompletionView = yield _get(path, _COMPLETION, {"wait": f"{POLL_S:g}"}, POLL_S)
         if found.is_over:
             yield Item(found)
             return

@@ -122,6 +122,8 @@ class _Methods:
     act_on_group = _once(calls.act_on_group)
     ask_for_checkpoint = _once(calls.ask_for_checkpoint)
     checkpoint = _Method(calls.checkpoint)
+    ask_to_complete_group = _once(calls.ask_to_complete_group)
+    completion = _Method(calls.completion)
     jobs = _Stream(calls.jobs)
     points = _Stream(calls.points)
     events = _Stream(calls.events)

@@ -8,19 +8,42 @@ from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import FastAPI, Header, Query, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from coordinator.api.feed import EventFeed
 from coordinator.ledger.contract import ConflictError, Ledger, UnreadableGroupError
 from coordinator.model.epoch import checked_group
 from coordinator.model.errors import NotFoundError, RefusedError
-from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, GroupSpec, GroupVerb, respecified, shared_disk, told
-from coordinator.model.view import CheckpointView, GroupView, view_of_checkpoint, view_of_group
+from coordinator.model.group import (
+    OUTCOMES_KEPT,
+    GroupRecord,
+    GroupSpec,
+    GroupVerb,
+    respecified,
+    shared_disk,
+    told,
+    told_to_complete,
+)
+from coordinator.model.view import (
+    CheckpointView,
+    CompletionView,
+    GroupView,
+    view_of_checkpoint,
+    view_of_completion,
+    view_of_group,
+)
 
 CAS_TRIES = 20
 """A user's change competes with the control loop; each try reads the group afresh."""
 REQUESTS = 1000
 """Checkpoints that may wait for one round: all are served by the next one."""
+
+
+class CompleteArguments(BaseModel):
+    """How a group is to end."""
+
+    pivot: bool = False
+    downtime: float = Field(default=5.0, gt=0, le=60, description="seconds for which a pivot may stop guests")
 
 
 class GroupList(BaseModel):
@@ -90,6 +113,8 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
                 return known
             if known.paused:
                 raise RefusedError(f"group {name!r} is paused", "resume it first")
+            if known.completed:
+                raise RefusedError(f"group {name!r} is complete", "resume it, or apply it with something else to do")
             if len(known.requests) >= REQUESTS:
                 raise RefusedError(f"{REQUESTS} checkpoints of group {name!r} wait already", "wait for one of them")
             return known.model_copy(update={"requests": (*known.requests, request)})
@@ -102,11 +127,39 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
     ) -> CheckpointView:
         return await feed.wait_for(lambda: _found(ledger.group(name), request), lambda found: found.is_over, "", wait)
 
+    @app.post("/v1/groups/{name}/complete", status_code=202)
+    def complete(
+        name: str, asked: CompleteArguments, idempotency_key: Annotated[str, Header(max_length=255)] = ""
+    ) -> CompletionView:
+        """Make a last point, or let all guests go on with their targets; all of them, or none."""
+        request = idempotency_key or secrets.token_hex(8)
+
+        def told_so(known: GroupRecord) -> GroupRecord:
+            return told_to_complete(known, request, pivots=asked.pivot, downtime_s=asked.downtime)
+
+        return _found_end(changed(name, told_so), request)
+
+    @app.get("/v1/groups/{name}/completions/{request}")
+    async def completion(name: str, request: str, wait: Annotated[float, Query(ge=0, le=60)] = 0.0) -> CompletionView:
+        return await feed.wait_for(
+            lambda: _found_end(ledger.group(name), request), lambda found: found.is_over, "", wait
+        )
+
     @app.post("/v1/groups/{name}/{verb}")
     def act(name: str, verb: GroupVerb) -> GroupView:
         """pause: no round is begun, and the copies of one that is at work rest; resume; cancel: give up the round that
         is at work. All of its disks, or none."""
         return view_of_group(changed(name, lambda known: told(known, verb)), time.time())
+
+
+def _found_end(group: GroupRecord, request: str) -> CompletionView:
+    found = view_of_completion(group, request)
+    if found is None:
+        raise NotFoundError(
+            f"group {group.name!r} was not asked by {request!r} to complete, or was asked again since",
+            f"see flushpoint group {group.name}",
+        )
+    return found
 
 
 def _found(group: GroupRecord, request: str) -> CheckpointView:

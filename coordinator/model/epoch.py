@@ -13,6 +13,10 @@ one FROZEN turns the go key to GO, unless that time is over; then it turns to AB
 alone, never on a clock of theirs. Each then cuts and thaws, and the epoch lives on if all are CUT. Each makes its views
 READABLE for movers, which may take long; until it has, its views may break, and end the epoch.
 
+An epoch may **pivot**: its guests go on with other images, which passes before it have filled. Who is FROZEN has
+written the last of what changed to them and can still go either way; who is CUT runs on them. GO is the decision. A
+machine that fails after it stays where it was and says so, while others have moved: the next epoch moves the rest.
+
 Times are whole milliseconds of the ledger's clock: one clock decides which arrival came in time.
 """
 
@@ -160,12 +164,25 @@ class EpochSpec(BaseModel):
     parents: Mapping[str, int] = Field(default_factory=dict)
     """By VM/DISK, the recovery point that the disk's copy will add to: frozen bitmaps of later epochs are part of what
     is dirty. Not there: none."""
+    pivots: Mapping[str, str] = Field(default_factory=dict)
+    """By VM/DISK, the URI of the target that the guest goes on with, which holds the disk as of its parent. All disks
+    or none: with none this is an epoch like any other."""
 
     @model_validator(mode="after")
     def _machines_differ(self) -> Self:
         names = [participant.vm for participant in self.participants]
         if len(set(names)) < len(names):
             raise ValueError("a machine takes part twice")
+        return self
+
+    @model_validator(mode="after")
+    def _all_pivot_or_none(self) -> Self:
+        disks = {f"{one.vm}/{disk}" for one in self.participants for disk in one.disks}
+        if self.pivots and set(self.pivots) != disks:
+            differ = ", ".join(sorted(disks ^ set(self.pivots)))
+            raise ValueError(f"an epoch pivots all of its disks, or none: {differ}")
+        if len(set(self.pivots.values())) < len(self.pivots):
+            raise ValueError("two disks pivot to one target")
         return self
 
     @property
@@ -216,7 +233,7 @@ class CutFacts(BaseModel):
     fallback: str = ""
     """Why it is not, where that was asked for."""
     views: tuple[DiskView, ...]
-    """One of each disk."""
+    """One of each disk; none where they pivot."""
 
 
 class DiskCopy(BaseModel):
@@ -246,7 +263,7 @@ class ReadFacts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     copies: tuple[DiskCopy, ...]
-    """One of each disk."""
+    """One of each disk; none where they pivot."""
 
 
 class Standing(BaseModel):
@@ -410,7 +427,7 @@ def checked_group(name: str) -> str:
 
 def checked_facts(epoch: Epoch, vm: str, facts: CutFacts) -> CutFacts:
     """ValueError, a mistake of the agent, unless there is one view of each disk: a disk forgotten would be lost."""
-    disks = sorted(epoch.participant(vm).disks)
+    disks = _viewed(epoch, vm)
     if sorted(view.disk for view in facts.views) != disks:
         raise ValueError(f"the cut of {vm} needs one view of each of its disks: {', '.join(disks)}")
     return facts
@@ -418,10 +435,15 @@ def checked_facts(epoch: Epoch, vm: str, facts: CutFacts) -> CutFacts:
 
 def checked_reads(epoch: Epoch, vm: str, facts: ReadFacts) -> ReadFacts:
     """The same for copies."""
-    disks = sorted(epoch.participant(vm).disks)
+    disks = _viewed(epoch, vm)
     if sorted(copy.disk for copy in facts.copies) != disks:
         raise ValueError(f"{vm} needs one copy of each of its disks: {', '.join(disks)}")
     return facts
+
+
+def _viewed(epoch: Epoch, vm: str) -> list[str]:
+    """Of which disks there are views: a pivot leaves none."""
+    return [] if epoch.spec.pivots else sorted(epoch.participant(vm).disks)
 
 
 def too_early(name: str, vm: str, arrival: Arrival, phase: Phase) -> RefusedError:

@@ -20,3 +20,5 @@ class EventName(enum.StrEnum):
     """It is not any more: the same."""
     GROUP_ABORTED = "GROUP_ABORTED"
     """A round of a group ended without a recovery point: {group, epoch, error}; epoch 0 if none was announced."""
+    GROUP_COMPLETED = "GROUP_COMPLETED"
+    """A group has its last point, or its guests run on its targets: {group, point, pivoted, downtimes_ms}."""

@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from coordinator.model.complete import Completing, Completion
 from coordinator.model.epoch import Consistency, Participant
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import parse_bytes
@@ -233,6 +234,10 @@ class Round(BaseModel):
     """The checkpoints that it was begun for."""
     leaving: tuple[Participant, ...] = ()
     """Disks that the group has no more, whose bitmaps go with the point that comes of it."""
+    completes: bool = False
+    """The group's last one."""
+    pivot_s: float = 0.0
+    """Its machines go on with the targets, and stand still for at most so long; 0: they do not."""
     stage: Stage = Stage.OPENING
     number: int = 0
     """Of its epoch; 0 while none is announced."""
@@ -314,6 +319,11 @@ class GroupRecord(BaseModel):
     """In a row."""
     apply_at: float = 0.0
     """When it is tried again."""
+    completing: Completing | None = None
+    completion: Completion | None = None
+    """How the last one ended that was asked for."""
+    completed: bool = False
+    """No round is begun any more."""
     rpo_missed: bool = False
     """What the last of RPO_MISSED and RPO_RECOVERED said."""
     pruned: int = 0
@@ -345,7 +355,8 @@ def respecified(group: GroupRecord, spec: GroupSpec) -> GroupRecord:
             leaving.append(gone)
     targets = spec.mirror.targets if spec.mirror is not None else {}
     mirrors = {disk: state for disk, state in group.mirrors.items() if targets.get(disk) == state.target}
-    return group.model_copy(update={"spec": spec, "leaving": tuple(leaving), "mirrors": mirrors})
+    completed = group.completed and spec == group.spec  # who gives it something else to do wants it to go on
+    return changed(group, spec=spec, leaving=tuple(leaving), mirrors=mirrors, completed=completed)
 
 
 class GroupVerb(enum.StrEnum):
@@ -357,12 +368,50 @@ class GroupVerb(enum.StrEnum):
 def told(group: GroupRecord, verb: GroupVerb) -> GroupRecord:
     """The group after a user's verb. RefusedError for one that makes no sense now."""
     if verb is not GroupVerb.CANCEL:
-        return group.model_copy(update={"paused": verb is GroupVerb.PAUSE})
+        return _told_to_rest(group, verb is GroupVerb.PAUSE)
+    if group.completing is not None:
+        return _told_not_to_complete(group, group.completing)
     if group.round is None or group.round.stage is Stage.ENDING:
         raise RefusedError(f"group {group.name!r} is at work on no recovery point", "there is nothing to cancel")
     if group.round.stage is Stage.PUBLISHING:
         raise RefusedError(f"{group.name}@{group.round.number} is just being published", "let it be, and prune it")
     return group.model_copy(update={"cancelled": group.round.id})
+
+
+def _told_to_rest(group: GroupRecord, paused: bool) -> GroupRecord:
+    if group.completed and not paused:
+        if group.completion is not None and group.completion.pivoted:
+            raise RefusedError(f"the guests of group {group.name!r} run on its targets", "apply it with other targets")
+        return changed(group, paused=False, completed=False)
+    return changed(group, paused=paused)
+
+
+def _told_not_to_complete(group: GroupRecord, completing: Completing) -> GroupRecord:
+    at_work = group.round
+    if completing.went or (at_work is not None and at_work.pivot_s and at_work.stage is Stage.PUBLISHING):
+        raise RefusedError(f"machines of group {group.name!r} run on their targets already", "let it move the others")
+    ended = Completion(id=completing.id, done=False, why="cancelled by its user")
+    cancelled = at_work.id if at_work is not None else group.cancelled
+    return changed(group, completing=None, completion=ended, cancelled=cancelled)
+
+
+def told_to_complete(group: GroupRecord, request: str, *, pivots: bool, downtime_s: float) -> GroupRecord:
+    """The group once its end is asked for; asked for again by the same `request`, it changes nothing. RefusedError."""
+    known = {one.id for one in (group.completing, group.completion) if one is not None}
+    if request in known:
+        return group
+    if group.completing is not None:
+        raise RefusedError(f"group {group.name!r} is completing already", "wait for that, or cancel it")
+    if group.paused:
+        raise RefusedError(f"group {group.name!r} is paused", "resume it first")
+    if group.completed:
+        raise RefusedError(f"group {group.name!r} is complete", "resume it, or apply it with something else to do")
+    if pivots and not group.spec.written_targets:
+        what = "its targets are staged" if group.spec.mirror is not None else "it has no targets"
+        raise RefusedError(
+            f"the guests of group {group.name!r} cannot go on elsewhere: {what}", "give it mirror.targets"
+        )
+    return changed(group, completing=Completing(id=request, pivots=pivots, downtime_s=downtime_s))
 
 
 def shared_disk(one: GroupRecord, other: GroupRecord) -> str:

@@ -24,7 +24,8 @@ from coordinator.model.actions import (
     Steer,
     Submit,
 )
-from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, Phase
+from coordinator.model.complete import Completion, after_failure, after_pass
+from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, GoKey, Phase
 from coordinator.model.events import EventName
 from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage, changed
 from coordinator.model.group_jobs import astray, failure, put_away, succeeded
@@ -72,15 +73,22 @@ def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Ac
     if (applying := apply(group, seen, round_id, now)) is not None:
         return applying
     if group.round is None:
-        due = due_at(group)
-        is_due = bool(group.requests) or (due is not None and now >= due)
-        return _begin(group, round_id, now) if is_due and not group.paused else None
+        return _begin(group, round_id, now) if _is_due(group, now) else None
     is_given_up = group.cancelled == group.round.id and group.round.stage not in (Stage.PUBLISHING, Stage.ENDING)
     if is_given_up:
         return _end(group, group.round, "cancelled by its user", now)
     if (steer := _steer(group, group.round, seen, now)) is not None:
         return steer
     return _STAGES[group.round.stage](group, group.round, seen, now)
+
+
+def _is_due(group: GroupRecord, now: float) -> bool:
+    if group.paused or group.completed:
+        return False
+    if group.completing is not None:
+        return now >= group.completing.next_at
+    due = due_at(group)
+    return bool(group.requests) or (due is not None and now >= due)
 
 
 def owner_of(group: str, round_id: str) -> str:
@@ -127,6 +135,11 @@ def _steer(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Steer 
 
 def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
     begun = Round(id=round_id, spec=group.spec, begun_at=now, requests=group.requests, leaving=group.leaving)
+    if (completing := group.completing) is not None:
+        ends = not completing.pivots and group.published > 0 and not group.seeding
+        leaving = (*group.leaving, *group.spec.members) if ends else group.leaving
+        pivot_s = completing.downtime_s if completing.is_ripe else 0.0
+        begun = begun.model_copy(update={"completes": ends or pivot_s > 0, "leaving": leaving, "pivot_s": pivot_s})
     return Keep("begins a round", changed(group, round=begun, requests=()))
 
 
@@ -159,8 +172,13 @@ def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
             "seeded": opened.seeded,
         }
     )
-    counted = max(group.counted, opened.number)
-    return Keep(f"has announced epoch {opened.number}", changed(group, round=moved, counted=counted))
+    after = changed(group, round=moved, counted=max(group.counted, opened.number))
+    sentence = f"has announced epoch {opened.number}"
+    if not at_work.pivot_s:
+        return Keep(sentence, after)
+    if missing := [disk for disk in at_work.spec.disks if disk not in opened.parents or disk in opened.seeded]:
+        return _end(after, moved, f"the target of {missing[0]} does not have all of it yet", now)
+    return marked(sentence, group, after, at_work.spec.written_targets, opened.number)
 
 
 def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
@@ -180,7 +198,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
     spec = EpochSpec(
         participants=at_work.spec.members,
         prepare_ms=round(policy.prepare_timeout * 1000),
-        freeze_ms=round(policy.freeze_timeout * 1000),
+        freeze_ms=round((at_work.pivot_s or policy.freeze_timeout) * 1000),
         hold_ms=round(policy.hold_timeout * 1000),
         consistency=policy.consistency,
         leaving=at_work.leaving,
@@ -189,6 +207,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         sizes=at_work.sizes,
         seeded=at_work.seeded,
         slice_bytes=policy.seed_slice,
+        pivots=at_work.spec.written_targets if at_work.pivot_s else {},
     )
     return Begin(spec, at_work.number - 1)
 
@@ -199,6 +218,8 @@ def _cutting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
     assert seen.epoch is not None
     if seen.epoch.phase is not Phase.READABLE:
         return None
+    if at_work.pivot_s:
+        return Keep("has moved to its targets", _moved(group, at_work, Stage.PUBLISHING))
     targets = at_work.spec.written_targets
     return marked("is cut, and can be read", group, _moved(group, at_work, Stage.COPYING), targets, at_work.number)
 
@@ -303,6 +324,7 @@ def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
         return _published(group, at_work, seen, decided, now)
     group = put_away(group, _rounds_own(at_work, seen))
     group = changed(group, mirrors=written(group.mirrors, _opened_targets(group, at_work, seen)))
+    group = _not_completed(group, at_work, seen, now)
     aborted = {"group": group.name, "epoch": at_work.number, "error": at_work.why}
     outcome = _outcome(at_work, now).model_copy(update={"requests": at_work.requests, "why": at_work.why})
     return Keep(
@@ -339,7 +361,45 @@ def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedE
     if at_work.spec.written_targets:
         changes["mirrors"] = decided_mirrors(group.mirrors, decided.disks, at_work.number)
     kept = changed(group, outcomes=(*outcomes, outcome)[-OUTCOMES_KEPT:], **changes)
-    return Keep(sentence, kept, target_events(before, kept))
+    return _completed(Keep(sentence, kept, target_events(before, kept)), at_work, seen, decided, now)
+
+
+def _completed(published: Keep, at_work: Round, seen: Seen, decided: DecidedEpoch, now: float) -> Keep:
+    """The same, of a group whose end was asked for."""
+    group = published.group
+    completing = group.completing
+    if completing is None or decided.seeding:
+        return published
+    if not at_work.completes:
+        took_s = now - at_work.begun_at
+        return replace(published, group=changed(group, completing=after_pass(completing, took_s)))
+    cuts = seen.epoch.cuts if seen.epoch is not None and seen.epoch.number == at_work.number else {}
+    completion = Completion(
+        id=completing.id,
+        done=True,
+        pivoted=at_work.pivot_s > 0,
+        point=at_work.number,
+        downtimes_ms={vm: round(cut.freeze_ms, 3) for vm, cut in cuts.items()} if at_work.pivot_s else {},
+    )
+    told = {"group": group.name, **completion.model_dump(include={"point", "pivoted", "downtimes_ms"})}
+    ended = changed(group, completing=None, completion=completion, completed=True)
+    return replace(published, group=ended, events=(*published.events, (EventName.GROUP_COMPLETED, told)))
+
+
+def _not_completed(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> GroupRecord:
+    completing = group.completing
+    if completing is None or group.cancelled == at_work.id:
+        return group
+    went = at_work.pivot_s > 0 and _touched(group, at_work) != () and _may_have_gone(at_work, seen)
+    again = after_failure(completing, now, went=went)
+    failed = Completion(id=completing.id, done=False, why=at_work.why) if again is None else group.completion
+    return changed(group, completing=again, completion=failed)
+
+
+def _may_have_gone(at_work: Round, seen: Seen) -> bool:
+    """Whether a machine may have moved, as far as can be told."""
+    epoch = seen.epoch
+    return epoch is None or epoch.number != at_work.number or epoch.key is GoKey.GO
 
 
 def _outcome(at_work: Round, now: float) -> Outcome:
@@ -363,8 +423,10 @@ def _jobs(at_work: Round) -> tuple[str, ...]:
 
 def _opened_targets(group: GroupRecord, at_work: Round, seen: Seen) -> list[str]:
     """Disks whose targets were found fit to be written, so that some of it may have been."""
-    jobs = zip(at_work.spec.disks, _copies(at_work), strict=True)
     touched = {mirror.disk for mirror in _touched(group, at_work)}
+    if at_work.pivot_s:
+        return list(touched)
+    jobs = zip(at_work.spec.disks, _copies(at_work), strict=True)
     return [disk for disk, job_id in jobs if disk in touched and job_id in seen.jobs and seen.jobs[job_id].disk_size]
 
 
@@ -449,10 +511,11 @@ def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> D
         for member in at_work.spec.members
     ]
     is_quiet = all(machine.filesystem_consistent for machine in machines)
-    jobs = dict(zip(at_work.spec.disks, (seen.jobs[job_id] for job_id in _copies(at_work)), strict=True))
+    copies = _copies(at_work)
+    jobs = {disk: seen.jobs[job_id] for disk, job_id in zip(at_work.spec.disks, copies, strict=True)} if copies else {}
     parts = {disk for disk, copy in _disk_copies(at_work, epoch).items() if copy.seeded}
     stored = {} if at_work.spec.written_targets else jobs
-    whole = jobs.keys() - parts
+    whole = set(at_work.spec.disks) - parts
     return Decision(
         decision="manifest",
         repository=at_work.repository,
@@ -463,7 +526,7 @@ def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> D
         consistency=("filesystem" if is_quiet else "crash") if whole else "",
         members=tuple(Member.model_validate_json(job.result) for disk, job in stored.items() if disk not in parts),
         seeding=tuple(SeedMember.model_validate_json(job.result) for disk, job in stored.items() if disk in parts),
-        mirrors=_mirrored(at_work, epoch, jobs),
+        mirrors=_mirrored(at_work, epoch, jobs) if jobs else _pivoted(at_work),
         machines=tuple(machines),
         spec=at_work.spec.model_dump(mode="json", exclude_defaults=True),
     )
@@ -482,6 +545,15 @@ def _mirrored(at_work: Round, epoch: Epoch, jobs: Mapping[str, JobRecord]) -> tu
             parent=at_work.parents.get(disk, 0),
             bytes_read=jobs[disk].bytes_read,
             bytes_sent=jobs[disk].bytes_sent,
+        )
+        for disk, target in at_work.spec.written_targets.items()
+    )
+
+
+def _pivoted(at_work: Round) -> tuple[MirroredDisk, ...]:
+    return tuple(
+        MirroredDisk(
+            disk=disk, target=target, size=at_work.sizes[disk], sync="pivot", parent=at_work.parents.get(disk, 0)
         )
         for disk, target in at_work.spec.written_targets.items()
     )
@@ -512,7 +584,8 @@ def _opening_job(at_work: Round) -> str:
 
 
 def _copies(at_work: Round) -> list[str]:
-    return [_job(at_work, str(number)) for number, _ in enumerate(at_work.spec.disks)]
+    """None of a pivot: its machines copy."""
+    return [_job(at_work, str(number)) for number, _ in enumerate(at_work.spec.disks)] if not at_work.pivot_s else []
 
 
 def _decided(job: JobRecord) -> DecidedEpoch | None:

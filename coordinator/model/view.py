@@ -6,6 +6,7 @@ import enum
 
 from pydantic import BaseModel
 
+from coordinator.model.complete import Completing, Completion
 from coordinator.model.group import GroupRecord, GroupSpec, Outcome, Stage
 from coordinator.model.job import JobRecord
 from coordinator.model.mirror import MirrorState
@@ -52,6 +53,12 @@ class GroupView(BaseModel):
     """VM/DISK of those that are in no point yet: (how many bytes are copied, and how many it has)."""
     mirrors: dict[str, MirrorState] = {}
     """By VM/DISK, what targets hold."""
+    completing: Completing | None = None
+    """Its end, if that was asked for, and how far it is."""
+    completed: bool = False
+    """It has its last point, or its guests run on its targets; no other follows."""
+    completion: Completion | None = None
+    """How the end that was asked for last came out."""
     round: RoundView | None = None
     outcomes: tuple[Outcome, ...] = ()
     """Of the last rounds, oldest first."""
@@ -83,6 +90,32 @@ class CheckpointView(BaseModel):
         return self.state in (CheckpointState.PUBLISHED, CheckpointState.FAILED)
 
 
+class CompletionView(BaseModel):
+    """What became of a group's end that was asked for."""
+
+    id: str
+    group: str
+    is_over: bool
+    done: bool = False
+    """Once it is over: every machine has its last point, or runs on its targets; else none does."""
+    why: str = ""
+    pivoted: bool = False
+    point: int = 0
+    downtimes_ms: dict[str, float] = {}
+    """By VM, how long it stood still for the pivot."""
+    passes: int = 0
+    """So far."""
+
+
+def view_of_completion(group: GroupRecord, request: str) -> CompletionView | None:
+    """None: it is not known, or not any more."""
+    if (running := group.completing) is not None and running.id == request:
+        return CompletionView(id=request, group=group.name, is_over=False, passes=running.passes)
+    if (ended := group.completion) is not None and ended.id == request:
+        return CompletionView(group=group.name, is_over=True, **ended.model_dump())
+    return None
+
+
 def view_of_group(group: GroupRecord, now: float) -> GroupView:
     at_work = group.round
     return GroupView(
@@ -96,6 +129,9 @@ def view_of_group(group: GroupRecord, now: float) -> GroupView:
         paused=group.paused,
         seeding=group.seeding,
         mirrors=group.mirrors,
+        completing=group.completing,
+        completed=group.completed,
+        completion=group.completion,
         round=RoundView.model_validate(at_work.model_dump(include=set(RoundView.model_fields))) if at_work else None,
         outcomes=group.outcomes,
     )

@@ -84,6 +84,8 @@ def group(name: GroupArgument, as_json: output.JsonOption = False) -> None:
         output.write_json(found.model_dump(mode="json"))
         return
     print(_table([found]))
+    if found.completing is not None:
+        print(f"  completing, {found.completing.passes} passes so far, {found.completing.failures} failures")
     for disk, state in found.mirrors.items():
         print(f"  {disk} at {state.target}: {_held(name, state)}")
     for disk, (done, size) in found.seeding.items():
@@ -268,4 +270,5 @@ def _objective(group: GroupView) -> str:
 
 def _doing(group: GroupView) -> str:
     parts = ([str(group.round.stage)] if group.round else []) + (["paused"] if group.paused else [])
+    parts += ["completing"] if group.completing else ["complete"] if group.completed else []
     return ", ".join(parts) or "-"

@@ -1,6 +1,6 @@
 """The verbs of a job, as in QEMU: pause, resume, set-speed, complete, cancel, finalize, dismiss.
 
-Where ID names a group, pause, resume, cancel and set-speed are about all of its disks.
+Where ID names a group, pause, resume, cancel, complete and set-speed are about all of its disks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.model.errors import UnavailableError
+from coordinator.model.errors import FlushpointError, UnavailableError
 from coordinator.model.group import GroupVerb
 from coordinator.model.job import State, Verb
 from coordinator.model.view import GroupView, JobView
@@ -67,11 +67,18 @@ def set_speed(
 
 def complete(
     job_id: output.JobArgument,
-    pivot: Annotated[bool, typer.Option("--pivot", help="Switch the guest over to the copy.")] = False,
+    pivot: Annotated[bool, typer.Option("--pivot", help="Let guests go on with the copies.")] = False,
+    downtime: Annotated[
+        float, typer.Option("--downtime", metavar="SECONDS", help="How long a pivot of a group may stop guests.")
+    ] = 5.0,
     as_json: output.JsonOption = False,
 ) -> None:
-    """End a ready job with a clean copy, and wait for it; if that cannot be, the job goes on."""
+    """End a ready job with a clean copy, and wait for it; if that cannot be, the job goes on. Of a group: make a last
+    point, or with --pivot move all of its guests to its targets; all of them, or none."""
     with session.connect() as client:
+        if session.group(client, job_id) is not None:
+            _complete_group(client, job_id, pivot, downtime, as_json)
+            return
         job = client.complete(session.job_id(client, job_id), pivot=pivot)
         job = waiting.until_rest(client, job.id, as_json)
     code = waiting.exit_code_of(job)
@@ -104,6 +111,25 @@ def dismiss(job_id: output.JobArgument, as_json: output.JsonOption = False) -> N
         output.write_json({"id": full_id, "dismissed": True})
     else:
         print(f"{full_id}  dismissed")
+
+
+def _complete_group(client: Client, name: str, pivot: bool, downtime_s: float, as_json: bool) -> None:
+    """SIGINT ends the waiting alone."""
+    asked = client.ask_to_complete_group(name, pivot=pivot, downtime_s=downtime_s)
+    try:
+        ended = client.completion(name, asked.id)
+    except KeyboardInterrupt:
+        output.say(f"it goes on without you; see how it ends with: flushpoint group {name}")
+        raise typer.Exit(waiting.INTERRUPTED) from None
+    if as_json:
+        output.write_json(ended.model_dump(mode="json"))
+    if not ended.done:
+        raise FlushpointError(f"group {name} was not completed: {ended.why}", "it goes on as before; try again")
+    if as_json:
+        return
+    print(f"{name}@{ended.point}  {'moved to its targets' if ended.pivoted else 'complete'}")
+    for vm, downtime_ms in ended.downtimes_ms.items():
+        print(f"  {vm} stood still for {downtime_ms:.1f} ms")
 
 
 def _write_group(group: GroupView, as_json: bool) -> None:

@@ -252,15 +252,40 @@ def test_a_point_tells_whether_all_of_its_file_systems_were_frozen(
         assert told == [(True, ""), (False, "no guest agent is named")]
 
 
+def bitmaps_of(host: Host) -> list[str]:
+    """Of its guest's one disk, whose monitor the agent holds."""
+    (disk,) = host.guest.disks
+    uri = f"qemu+unix:///{disk.name}?qmp={host.guest.user}"
+    described = json.loads(flushpoint("bitmap", "query", uri, "--json").stdout)
+    return [one["name"] for one in described["bitmaps"]]
+
+
+def test_a_group_that_is_complete_has_a_last_point_and_leaves_nothing_in_its_guests(
+    deployment: Deployment, shop: tuple[Host, Host]
+) -> None:
+    deployment.apply("shop", *shop)
+    before = deployment.published("shop")
+    run = Command(deployment)
+    told = run("complete", "shop")
+    assert told == f"shop@{before + 1}  complete\n"
+    lead, follow = (deployment.number_in("shop", before + 1, disk) for disk in ("lead/a", "follow/b"))
+    assert follow <= lead <= follow + 1
+    for host in shop:
+        wait_until(lambda host=host: bitmaps_of(host) == [], "its bitmaps to go", STEP_S)  # type: ignore[misc]
+    assert "is complete" in run("checkpoint", "shop", code=3)
+    run("resume", "shop")
+    assert "has no targets" in run("complete", "shop", "--pivot", code=3)
+    point = deployment.point("shop", deployment.published("shop"))
+    assert {member.reason for member in point.members} == {
+        f"no bitmap records what was written since point {before + 1}"
+    }
+
+
 def test_a_machine_leaves_a_group_and_comes_back(deployment: Deployment, shop: tuple[Host, Host]) -> None:
     first, second = shop
 
     def bitmaps() -> list[str]:
-        """Of the second guest's disk, whose monitor its agent holds."""
-        described = json.loads(
-            flushpoint("bitmap", "query", f"qemu+unix:///b?qmp={second.guest.user}", "--json").stdout
-        )
-        return [one["name"] for one in described["bitmaps"]]
+        return bitmaps_of(second)
 
     deployment.apply("shop", first, second)
     before = deployment.published("shop")

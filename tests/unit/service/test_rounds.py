@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.ledger import MemoryBarrier, MemoryLedger, Versioned
+from coordinator.model.complete import Completion
 from coordinator.model.epoch import (
     CutFacts,
     DiskCopy,
@@ -27,7 +28,17 @@ from coordinator.model.epoch import (
 )
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.model.extent import Extent, Status
-from coordinator.model.group import FAILED_JOBS_KEPT, GroupPolicy, GroupRecord, GroupSpec, Round, Stage
+from coordinator.model.group import (
+    FAILED_JOBS_KEPT,
+    GroupPolicy,
+    GroupRecord,
+    GroupSpec,
+    GroupVerb,
+    Round,
+    Stage,
+    told,
+    told_to_complete,
+)
 from coordinator.model.job import JobRecord, JobSpec, State, Sync, Verb
 from coordinator.model.mirror import MirrorSpec
 from coordinator.model.point import Decision, Member, Retention, SeedMember
@@ -131,9 +142,9 @@ class World:
             if isinstance(task, OpenEpoch):
                 facts["result"] = json.dumps(self._open(task))
             elif isinstance(task, PublishEpoch):
-                facts["result"] = told(self._decide(task.decision, task.owner), task.owner)
+                facts["result"] = result_of(self._decide(task.decision, task.owner), task.owner)
             elif isinstance(task, AbandonEpoch):
-                facts["result"] = told(self._abandon(task), task.owner)
+                facts["result"] = result_of(self._abandon(task), task.owner)
             elif claim.kind is UnitKind.PLAN:
                 facts = {"disk_size": DISK_BYTES, "epoch": job.spec.part.number if job.spec.part else 0}
             elif claim.kind is UnitKind.COPY and job.spec.target.startswith("/"):
@@ -186,6 +197,7 @@ class World:
             "number": number,
             "parents": parents,
             "pins": [parent] if parent else [],
+            "sizes": dict.fromkeys(parents, DISK_BYTES),
             "seeded": {one.disk: one.seeded for one in seeding},
         }
 
@@ -220,11 +232,11 @@ class World:
         elif epoch.phase is Phase.FREEZING:
             await barrier.frozen(epoch, vm)
         elif epoch.phase is Phase.CUTTING:
-            views = tuple(DiskView(disk=disk, kind=ViewKind.STAGE) for disk in disks)
+            views = tuple(DiskView(disk=disk, kind=ViewKind.STAGE) for disk in disks if not epoch.spec.pivots)
             facts = CutFacts(cut_at=self.now + self.skew_s, freeze_ms=1, filesystem_consistent=False, views=views)
             await barrier.cut(epoch, vm, facts)
         elif epoch.phase is Phase.TAKEN:
-            copies = tuple(self._copy(epoch.spec, vm, disk) for disk in disks)
+            copies = tuple(self._copy(epoch.spec, vm, disk) for disk in disks if not epoch.spec.pivots)
             await barrier.readable(epoch, vm, ReadFacts(copies=copies))
 
     def _copy(self, spec: EpochSpec, vm: str, disk: str) -> DiskCopy:
@@ -307,7 +319,7 @@ def member(disk: str, part: EpochPart) -> Member:
     return SeedMember(**whole.model_dump(), seeded=part.seeded) if part.seeded else whole
 
 
-def told(decision: Decision, owner: str) -> str:
+def result_of(decision: Decision, owner: str) -> str:
     return (DecidedEpoch.by(decision) if decision.job == owner else DecidedEpoch(is_point=False)).model_dump_json()
 
 
@@ -653,6 +665,129 @@ def test_a_target_that_fails_is_tried_again_and_then_compared(world: World) -> N
     world.settle_targets()
     assert [spec.sync for spec in world.targets["/t/a"]] == [Sync.FULL, Sync.INCREMENTAL, Sync.TOP]
     assert len({s.epoch for s in world.group.mirrors.values()}) == 1
+
+
+def complete(world: World, *, pivots: bool, downtime_s: float = 60.0) -> None:
+    put(world, **dict(told_to_complete(world.group, "end", pivots=pivots, downtime_s=downtime_s)))
+
+
+def ended(world: World) -> Completion:
+    completion = world.group.completion
+    assert completion is not None
+    assert world.group.completing is None
+    return completion
+
+
+def until_completed(world: World, fails: Callable[[], bool] = lambda: False) -> None:
+    for _ in range(600):
+        if world.group.completing is None and world.group.round is None and not world.group.done_with:
+            return
+        world.cycle()
+        world.now += 0.05
+        world.mover(lambda: False)
+        for one in MEMBERS:
+            world.agent(one.vm, fails if one.vm == "web" else lambda: False)
+    pytest.fail(f"it does not end: {world.group!r}")
+
+
+def test_a_group_that_is_complete_has_a_last_point_and_is_tracked_no_more(world: World) -> None:
+    with_policy(world, rpo=30.0)
+    world.settle()
+    complete(world, pivots=False)
+    until_completed(world)
+    assert ended(world) == Completion(id="end", done=True, point=world.group.published)
+    epoch = world.ledger.newest_epoch("shop")
+    assert epoch is not None
+    assert set(epoch.spec.leaving) == set(MEMBERS), "their bitmaps go"
+    world.now += 100
+    world.cycle()
+    assert world.group.round is None
+    assert "GROUP_COMPLETED" in events(world)
+    put(world, **dict(told(world.group, GroupVerb.RESUME)))
+    world.cycle()
+    assert world.group.round is not None
+
+
+def test_a_pivot_follows_passes_and_all_machines_stand_still_for_it(world: World) -> None:
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    until_completed(world)
+    assert (ended(world).done, ended(world).pivoted, ended(world).point) == (True, True, 3)
+    assert ended(world).downtimes_ms == {"db": 1.0, "web": 1.0}
+    epoch = world.ledger.newest_epoch("shop")
+    assert epoch is not None
+    assert (epoch.spec.pivots, epoch.spec.freeze_ms, epoch.phase) == (TARGETS, 60_000, Phase.RETIRED)
+    assert [mirror.sync for mirror in world.decisions[3].mirrors] == ["pivot"] * 3
+    assert {(s.epoch, s.begun) for s in world.group.mirrors.values()} == {(3, 0)}
+    with pytest.raises(RefusedError, match="run on its targets"):
+        told(world.group, GroupVerb.RESUME)
+
+
+def test_a_pivot_that_fails_before_go_leaves_all_where_they_are_and_another_pass_is_made(world: World) -> None:
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    until_pivoting(world, Phase.FREEZING)
+    until_completed(world, once())
+    assert (ended(world).done, ended(world).point) == (True, 5), "3 was the pivot that failed, 4 a pass"
+    assert {mirror.disk for mirror in world.decisions[3].mirrors} == set(TARGETS)
+
+
+def test_after_go_nothing_but_the_pivot_is_tried_until_all_have_moved(world: World) -> None:
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    for number in range(3, 9):
+        until_pivoting(world, Phase.CUTTING)
+        world.agent("web", lambda: True)
+        until_over(world, number)
+        with pytest.raises(RefusedError, match="run on their targets already"):
+            told(world.group, GroupVerb.CANCEL)
+    until_completed(world)
+    assert (ended(world).done, ended(world).pivoted, ended(world).point) == (True, True, 9)
+
+
+def test_a_pivot_that_fails_again_and_again_is_given_up_and_the_group_goes_on(world: World) -> None:
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    for _ in range(600):
+        world.cycle()
+        world.now += 0.2
+        world.mover(lambda: False)
+        epoch = world.ledger.newest_epoch("shop")
+        for one in MEMBERS:
+            world.agent(one.vm, lambda e=epoch: bool(e and e.spec.pivots))  # type: ignore[misc]
+        if world.group.completing is None:
+            break
+    assert not ended(world).done
+    assert "its disk hangs" in ended(world).why
+    assert not world.group.completed
+
+
+def until_pivoting(world: World, phase: Phase) -> None:
+    for _ in range(600):
+        epoch = world.ledger.newest_epoch("shop")
+        if epoch is not None and epoch.spec.pivots and epoch.phase is phase:
+            return
+        world.now += 0.2
+        world.cycle()
+        world.mover(lambda: False)
+        for one in MEMBERS:
+            world.agent(one.vm, lambda: False)
+    pytest.fail("no pivot gets there")
+
+
+def until_over(world: World, number: int) -> None:
+    for _ in range(200):
+        if number in world.decisions and (world.group.round is None or world.group.round.number != number):
+            return
+        world.now += 0.2
+        world.cycle()
+        world.mover(lambda: False)
+    pytest.fail("it does not end")
+
+
+def once() -> Callable[[], bool]:
+    fates = iter([True])
+    return lambda: next(fates, False)
 
 
 def test_machines_of_two_groups_are_cut_one_after_the_other(world: World) -> None:
