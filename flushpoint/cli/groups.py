@@ -129,7 +129,8 @@ def checkpoint(
 
 
 def delete(name: GroupArgument, as_json: output.JsonOption = False) -> None:
-    """Forget a group. Its recovery points stay where they are."""
+    """Forget a group. Its recovery points stay where they are. Complete it before, and its guests have nothing of it
+    left."""
     with session.connect() as client:
         client.remove_group(name)
     if as_json:

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from coordinator.api.app import make_api
 from coordinator.api.feed import EventFeed
 from coordinator.ledger import MemoryLedger
+from coordinator.model.complete import Completion
 from coordinator.model.group import OUTCOMES_KEPT, Outcome, Round
 
 MEMBER = {"vm": "db", "host": "hv1", "qmp": "/run/db.qmp", "disks": ["vda"]}
@@ -112,6 +113,59 @@ def test_a_checkpoint_of_long_ago_is_not_said_to_have_never_been_asked_for(
     assert "flushpoint points shop" in answer.json()["remedy"]
 
 
+def test_a_groups_end_is_asked_for_once_and_looked_after(api: TestClient, ledger: MemoryLedger) -> None:
+    api.put("/v1/groups/shop", json=SPEC)
+    refused = api.post("/v1/groups/shop/complete", json={"pivot": True})
+    assert (refused.status_code, "has no targets" in refused.json()["detail"]) == (409, True)
+    mirror = {"targets": {"db/vda": "/copies/vda"}, "staged": True}
+    api.put("/v1/groups/shop", json={**SPEC, "mirror": mirror})
+    assert "are staged" in api.post("/v1/groups/shop/complete", json={"pivot": True}).json()["detail"]
+    api.put("/v1/groups/shop", json={**SPEC, "mirror": {**mirror, "staged": False}})
+    assert api.post("/v1/groups/shop/complete", json={"downtime": 100}).status_code == 422
+
+    headers = {"Idempotency-Key": "k"}
+    asked = api.post("/v1/groups/shop/complete", json={"pivot": True, "downtime": 2.5}, headers=headers)
+    assert (asked.status_code, asked.json()["is_over"]) == (202, False)
+    assert api.post("/v1/groups/shop/complete", json={"pivot": True}, headers=headers).json() == asked.json()
+    assert "completing already" in api.post("/v1/groups/shop/complete", json={}).json()["detail"]
+    completing = ledger.group("shop").completing
+    assert completing is not None
+    assert completing.downtime_s == 2.5
+    assert api.get("/v1/groups/shop").json()["completing"]["passes"] == 0
+
+    api.post("/v1/groups/shop/cancel")
+    found = api.get("/v1/groups/shop/completions/k?wait=10").json()
+    assert (found["is_over"], found["done"], found["why"]) == (True, False, "cancelled by its user")
+    assert api.get("/v1/groups/shop/completions/other").status_code == 404
+    api.post("/v1/groups/shop/pause")
+    assert "is paused" in api.post("/v1/groups/shop/complete", json={}).json()["detail"]
+
+
+def test_what_a_group_is_told_after_its_end(api: TestClient, ledger: MemoryLedger) -> None:
+    api.put("/v1/groups/shop", json=SPEC)
+    over = {"completed": True, "completion": Completion(id="k", done=True, pivoted=True, point=7)}
+    ledger.put_group(ledger.group("shop").model_copy(update=over))
+    for words in ("checkpoints", "complete"):
+        assert "is complete" in api.post(f"/v1/groups/shop/{words}", json={}).json()["detail"]
+    assert "run on its targets" in api.post("/v1/groups/shop/resume").json()["detail"]
+    api.put("/v1/groups/shop", json=SPEC)
+    assert ledger.group("shop").completed, "applied again, it has nothing new to do"
+    api.put("/v1/groups/shop", json={**SPEC, "policy": {"rpo": 5}})
+    assert not ledger.group("shop").completed
+
+
+def test_targets_are_named_for_all_disks_and_once(api: TestClient) -> None:
+    for targets, said in (
+        ({"db/vdx": "/copies/vda"}, "no disk of the group"),
+        ({}, "at least 1"),
+        ({"db/vda": "repo+file:///r"}, "no path and no NBD export"),
+        ({"db/vda": "relative"}, "relative path"),
+    ):
+        answer = api.put("/v1/groups/shop", json={**SPEC, "mirror": {"targets": targets}})
+        assert answer.status_code in (400, 422), answer.json()
+        assert said in answer.text, answer.text
+
+
 def test_a_group_is_forgotten(api: TestClient) -> None:
     api.put("/v1/groups/shop", json=SPEC)
     assert api.delete("/v1/groups/shop").status_code == 204
@@ -126,6 +180,7 @@ def test_jobs_of_groups_are_made_by_groups_alone(api: TestClient, ledger: Memory
     ]
     bodies[1]["task"] |= {"number": 1, "why": "because"}
     bodies.append({**bodies[0], "target": "repo+file:///r"})
+    bodies.append({"source": "/a", "target": "/b", "of_group": "shop"})
     for body in bodies:
         answer = api.post("/v1/jobs", json=body)
         assert answer.status_code == 409, answer.json()
