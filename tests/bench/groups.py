@@ -17,8 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from workers.agent.monitor import Monitor
 
 OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "bench" / "groups.json"
 SIZES = (2, 4, 8)
+INCREMENT_S = 2.0
+"""For how long a guest writes before each increment."""
 FLOOR_BITMAP = "floor"
 _LATENCY = re.compile(r"(\d+) us a write")
 
@@ -153,6 +155,84 @@ def freezes(kit: GuestKit, scale: Scale, directory: Path, count: int) -> dict[st
     }
 
 
+class OwnIncrements:
+    """QEMU's own incremental backups of a guest's disk, by a client of its user's monitor: a job from the active disk
+    to a qcow2 image, by a bitmap that it clears."""
+
+    BITMAP = "peer"
+
+    def __init__(self, guest: LiveGuest, directory: Path) -> None:
+        self._guest = guest
+        self._image = directory / "increment.qcow2"
+
+    def begin(self) -> None:
+        asyncio.run(self._begin())
+
+    def take(self) -> float:
+        """Seconds until it is there."""
+        begun = time.monotonic()
+        asyncio.run(self._take())
+        took = time.monotonic() - begun
+        self._image.unlink()
+        return took
+
+    @asynccontextmanager
+    async def _monitor(self) -> AsyncIterator[Monitor]:
+        monitor = await Monitor.connect(self._guest.user)
+        try:
+            yield monitor
+        finally:
+            await monitor.close()
+
+    async def _begin(self) -> None:
+        async with self._monitor() as monitor:
+            new = {"node": self._guest.disks[0].node, "name": self.BITMAP}
+            await monitor.execute("block-dirty-bitmap-add", new)
+
+    async def _take(self) -> None:
+        async with self._monitor() as monitor:
+            await views.make_image(monitor, self._image, self._guest.disks[0].size)
+            await views.add_image(monitor, "increment", self._image)
+            what = {"sync": "bitmap", "bitmap": self.BITMAP, "bitmap-mode": "on-success"}
+            ends = {"auto-finalize": True, "auto-dismiss": False}
+            arguments = {"job-id": "increment", "device": self._guest.disks[0].node, "target": "increment"}
+            await monitor.execute("blockdev-backup", {**arguments, **what, **ends})
+            while True:
+                (job,) = await monitor.execute("query-jobs")
+                if job["status"] == "concluded":
+                    assert "error" not in job, job
+                    break
+                await asyncio.sleep(0.002)
+            await monitor.execute("job-dismiss", {"id": "increment"})
+            await views.delete_node(monitor, "increment")
+
+
+def increments(kit: GuestKit, scale: Scale, directory: Path) -> dict[str, Any]:
+    """Of one machine, in turns with QEMU's own; between two of them the guest writes for as long."""
+    with (
+        running_guests(kit, directory / "guests", 1) as guests,
+        protected(directory, guests, "shop", 0) as deployment,
+    ):
+        peer = OwnIncrements(guests[0], directory)
+        deployment.published("shop")
+        peer.begin()
+        ours, theirs, sent = [], [], []
+        for _ in range(scale.rounds):
+            time.sleep(INCREMENT_S)
+            begun = time.monotonic()
+            point = deployment.point("shop", deployment.published("shop"))
+            ours.append(time.monotonic() - begun)
+            sent.append(sum(member.bytes_sent for member in point.members) / MIB)
+            time.sleep(INCREMENT_S)
+            theirs.append(peer.take())
+    return {
+        "sent_mib": summary(sent),
+        "seconds": summary(ours),
+        "blockdev_backup_seconds": summary(theirs),
+        "ratio_of_medians": statistics.median(ours) / statistics.median(theirs),
+    }
+
+
 def continuous(kit: GuestKit, scale: Scale, directory: Path, count: int) -> dict[str, Any]:
     """How old the newest point of a group becomes, and what that costs its guests."""
     with running_guests(kit, directory / "guests", count) as guests:
@@ -204,6 +284,10 @@ def measure(scale: Scale) -> dict[str, Any]:
             one = freezes(kit, scale, Path(directory), count)
             results["freezes"].append(one)
             print(json.dumps(one))
+    with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
+        (Path(directory) / "guests").mkdir()
+        results["increments"] = increments(kit, scale, Path(directory))
+        print(json.dumps(results["increments"]))
     with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
         (Path(directory) / "guests").mkdir()
         results["continuous"] = continuous(kit, scale, Path(directory), min(4, max(scale.sizes)))
