@@ -158,6 +158,13 @@ system() {
     guest || say "setup: going on without a guest: tests that boot one are skipped, and fail in CI"
 }
 
+bench() {
+    programs+=(rclone:rclone)
+    install_programs
+    programs+=(virtnbdbackup:virtnbdbackup virsh:libvirt-clients libvirtd:libvirt-daemon)
+    (install_programs) || say "setup: going on without virtnbdbackup: the bench of groups skips it"
+}
+
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 # The interpreter to use: $PYTHON, else python3, else the newest of the named ones.
@@ -202,7 +209,7 @@ venv() {
 case "${1:-}" in
     system) system ;;
     guest) guest ;;
-    bench) programs+=(rclone:rclone) && install_programs ;;
+    bench) bench ;;
     venv) venv "${2:?name the directory of the virtual environment}" ;;
     *) die "usage: config/setup.sh system | guest | bench | venv DIR" ;;
 esac

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.model.group import GroupPolicy
-from tests.bench.report import machine
+from tests.bench import virtnbdbackup
+from tests.bench.report import machine, summary
 from tests.deployment import Deployment, member_of
 from tests.guest import GuestKit
 from tests.live_guest import MIB, LiveDisk, LiveGuest, wandering_guest
@@ -271,10 +272,6 @@ def latencies(guests: Sequence[LiveGuest], seconds: float) -> list[float]:
     ]
 
 
-def summary(figures: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(figures), "most": max(figures), "least": min(figures), "count": len(figures)}
-
-
 def measure(scale: Scale) -> dict[str, Any]:
     kit = GuestKit.get()
     results: dict[str, Any] = {"machine": machine(), "freezes": []}
@@ -288,6 +285,9 @@ def measure(scale: Scale) -> dict[str, Any]:
         (Path(directory) / "guests").mkdir()
         results["increments"] = increments(kit, scale, Path(directory))
         print(json.dumps(results["increments"]))
+    with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
+        results["virtnbdbackup"] = virtnbdbackup.measure(kit, scale.rounds, Path(directory))
+        print(json.dumps(results["virtnbdbackup"]))
     with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
         (Path(directory) / "guests").mkdir()
         results["continuous"] = continuous(kit, scale, Path(directory), min(4, max(scale.sizes)))

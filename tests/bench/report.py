@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,10 @@ def machine() -> dict[str, Any]:
         "s5cmd": run(["s5cmd", "version"]).stdout.strip(),
         "rclone": run(["rclone", "version"]).stdout.splitlines()[0],
     }
+
+
+def summary(figures: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(figures), "most": max(figures), "least": min(figures), "count": len(figures)}
 
 
 def write(results: dict[str, Any], directory: Path) -> None:
