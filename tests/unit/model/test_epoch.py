@@ -358,3 +358,31 @@ def test_an_arrival_that_was_counted_changes_nothing_whenever_it_comes_again(
         other = {Arrival.CUT: other_cut, Arrival.READABLE: other_copies}.get(arrival)
         for vm in history.epoch.arrived(arrival):
             assert arrive(history.epoch, vm, arrival, history.now_ms + later_ms, other) == history.epoch
+
+
+def pivoting(pivots: dict[str, str]) -> EpochSpec:
+    times = {"prepare_ms": PREPARE_MS, "freeze_ms": FREEZE_MS, "hold_ms": HOLD_MS}
+    return EpochSpec(participants=(DB, WEB), pivots=pivots, **times)
+
+
+@pytest.mark.parametrize(
+    ("pivots", "why"),
+    [
+        ({"db/vda": "/a.img"}, "all of its disks, or none: web/vda"),
+        ({"db/vda": "/a.img", "web/vda": "/b.img", "web/vdb": "/c.img"}, "web/vdb"),
+        ({"db/vda": "/a.img", "web/vda": "/a.img"}, "two disks pivot to one target"),
+    ],
+)
+def test_all_disks_of_an_epoch_pivot_or_none(pivots: dict[str, str], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        pivoting(pivots)
+
+
+def test_a_pivot_has_neither_views_nor_copies() -> None:
+    epoch = open_epoch("shop", 7, pivoting({"db/vda": "/a.img", "web/vda": "/b.img"}), 0)
+    moved = FACTS.model_copy(update={"views": ()})
+    assert checked_facts(epoch, "db", moved) is moved
+    with pytest.raises(ValueError, match="one view"):
+        checked_facts(epoch, "db", FACTS)
+    none = ReadFacts(copies=())
+    assert checked_reads(epoch, "db", none) is none
