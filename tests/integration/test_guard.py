@@ -252,3 +252,21 @@ def test_a_monitor_that_another_client_holds_is_told_from_one_that_is_gone(guest
         await (await Monitor.connect(guest.monitor)).close()
 
     asyncio.run(second())
+
+
+def test_a_guest_that_was_let_run_is_not_taken_back(guest: LiveGuest, guard: Process, tmpfs_path: Path) -> None:
+    """To what it was attached to before it was stopped, since it may have written to something else by now."""
+
+    async def late() -> None:
+        monitor, link = await Monitor.connect(guest.monitor), GuardLink(tmpfs_path / "guard")
+        link.freeze("late", monitor.fileno(), 0.1)
+        wait_until(lambda: "late" in guard.log.read_text(), "the guard to act on the deadline")
+        with pytest.raises(UnavailableError, match="late was let run before"):
+            link.revert("late", {"/machine/peripheral/v0": "v0-node"})
+        link.thawed("late")
+        with pytest.raises(UnavailableError, match="late was let run before"):
+            link.revert("late", {"/machine/peripheral/v0": "v0-node"})
+        link.close()
+        await monitor.close()
+
+    asyncio.run(late())

@@ -21,10 +21,13 @@ from typing import Any
 from coordinator.model.bitmap import Rotation
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
 from workers.agent.guard import GuardLink
+from workers.agent.guest import OURS
 from workers.agent.journal import Journal
-from workers.agent.monitor import Command, GuestSilentError, Monitor
+from workers.agent.monitor import Command, GuestRefusedError, GuestSilentError, Monitor
 from workers.agent.views import View, inserting
 
+MIRROR = f"{OURS}pivot-"
+"""How ids of jobs begin for which a running guest's writes may have to wait."""
 _RAN = frozenset({"RESUME", "WAKEUP"})
 
 
@@ -67,10 +70,15 @@ class Vm:
         self.guard = guard
         self.journal = journal
 
-    async def freeze(self, deadline_s: float, together: Callable[[], Awaitable[object]] = _at_once) -> Frozen:
+    async def freeze(
+        self,
+        deadline_s: float,
+        together: Callable[[], Awaitable[object]] = _at_once,
+        cancel: Sequence[str] = (),
+    ) -> Frozen:
         """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError while it is
         migrated; UnavailableError if the guard or the journal fails, and then it is not stopped. `together` is waited
-        for when all is ready for the stop."""
+        for when all is ready for the stop. A guard that lets it run cancels the jobs `cancel` before."""
         status = await self.monitor.execute("query-status")
         if status["status"] in ("inmigrate", "finish-migrate"):
             raise RefusedError("the guest is being migrated", "try again when that is done")
@@ -78,7 +86,7 @@ class Vm:
         if was_running:
             await asyncio.to_thread(self.journal.write, self.monitor.path)
             try:
-                await asyncio.to_thread(self.guard.freeze, self._name, self.monitor.fileno(), deadline_s)
+                await asyncio.to_thread(self.guard.freeze, self._name, self.monitor.fileno(), deadline_s, cancel)
             except FlushpointError:
                 await asyncio.to_thread(self.journal.erase, self.monitor.path)  # it was never stopped
                 raise
@@ -106,13 +114,16 @@ class Vm:
 
     async def confirm(self, frozen: Frozen) -> None:
         """RefusedError if the guest has run since it was stopped."""
-        status = await self.monitor.execute("query-status", timeout_s=_left(frozen))
-        ran = [event.name for event in self.monitor.events_since(frozen.heard) if event.name in _RAN]
-        if status["running"] or ran:
+        if await self.has_run(frozen, _left(frozen)):
             raise RefusedError(
                 "somebody let the guest run while it was cut",
                 "keep others from continuing it, or give it a longer deadline",
             )
+
+    async def has_run(self, frozen: Frozen, timeout_s: float) -> bool:
+        """Since it was stopped."""
+        status = await self.monitor.execute("query-status", timeout_s=timeout_s)
+        return bool(status["running"]) or any(e.name in _RAN for e in self.monitor.events_since(frozen.heard))
 
     async def thaw(self, frozen: Frozen) -> float:
         """Let the guest run again if it did before; how long it stood still, in seconds. GuestSilentError: then the
@@ -144,6 +155,7 @@ async def let_run(journal: Journal) -> list[str]:
             continue
         else:
             try:
+                await _cancel_mirrors(monitor)
                 await monitor.execute("cont")
                 done.append(f"let {path} run, which stood still since its agent was killed")
             except FlushpointError as error:
@@ -169,6 +181,13 @@ def _refuse_changed(blocks: Sequence[Mapping[str, Any]], parts: Sequence[Part]) 
                     f"somebody has changed the bitmaps of {part.view.disk.device} just now",
                     "keep others from them; the next epoch compares contents",
                 )
+
+
+async def _cancel_mirrors(monitor: Monitor) -> None:
+    for job in await monitor.execute("query-jobs"):
+        if str(job["id"]).startswith(MIRROR) and job["status"] != "concluded":
+            with suppress(GuestRefusedError):  # it may just be ending by itself
+                await monitor.execute("job-cancel", {"id": job["id"]})
 
 
 def _left(frozen: Frozen) -> float:

@@ -3,16 +3,21 @@
 ::
 
     agent ── unix socket ──> guard
-      freeze NAME, deadline, a duplicate of the monitor's descriptor     before `stop` is sent
-      freeze-files NAME, deadline, one of the guest agent's connection   before its file systems are frozen
-      thawed NAME                                                        after the answer to `cont`, or to the thaw
-      leave NAME, a duplicate                                            that answer did not come: the guard's alone now
-      (the connection ends)                                              the agent is gone: all of its guests, at once
+      freeze NAME, deadline, jobs, a duplicate of the monitor's descriptor   before `stop` is sent
+      freeze-files NAME, deadline, one of the guest agent's connection       before its file systems are frozen
+      revert NAME, drives                                                    let it run now, on what it was attached to
+      thawed NAME                                                            after the answer to `cont`, or to the thaw
+      leave NAME, a duplicate                                                that answer did not come: the guard's now
+      (the connection ends)                                                  the agent is gone: all its guests, at once
 
 A monitor has one client, so the guard never connects to one: it holds a duplicate of the descriptor the agent speaks
 on, and all it ever writes there is `cont`. QEMU answers that to whoever reads the connection, under an id that the
 agent does not know and drops. A guest that runs already takes it for nothing, so the guard goes on with it until the
 agent says that the guest runs: an agent that sleeps may send its `stop` when it wakes, long after the deadline.
+
+Before `cont`, in the same write, a guest that moves to other images (pivot.py) is told to cancel the jobs for which its
+writes would wait; or, where those images do not answer, to attach its devices to what they were attached to. It is the
+guard who says this, for it knows whether the guest runs already: an agent might be late, and lose what was written.
 It is the same with file systems, where all it ever says is that they be thawed, and asks whether they are. Nothing is
 said again while what was said before has not been read, so that a guest that hears nothing finds one command later.
 
@@ -36,14 +41,14 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.settings import load_settings
-from workers.agent.held import GUEST_AGENT, MONITOR, Held, Words
+from workers.agent.held import GUEST_AGENT, MONITOR, Held, Words, attaching, cancelling
 
-MESSAGE_BYTES = 4096
+MESSAGE_BYTES = 65536
 GONE_S = 0.1
 """Between the end of a process's connections and its own."""
 _PEER = struct.Struct("iII")
@@ -147,7 +152,13 @@ class Guard:
                 if key in self._freezes:
                     raise ValueError(f"{name} was not said to run yet")
                 ends_at = time.monotonic() + deadline_s
-                self._freezes[key] = self._held(agent, name, _KINDS[kind], descriptors, ends_at)
+                held = self._held(agent, name, _KINDS[kind], descriptors, ends_at)
+                held.before = cancelling(_listed(message.get("cancel", [])))
+                self._freezes[key] = held
+            case "revert":
+                if key not in self._freezes or self._freezes[key].is_told:
+                    raise ValueError(f"{name} was let run before")
+                self._revert(self._freezes[key], attaching(_mapped(message["drives"])))
             case "thawed":
                 if key in self._freezes:
                     self._freezes.pop(key).connection.close()
@@ -158,6 +169,14 @@ class Guard:
                 self._take_over(left, "its agent has not heard it say so")
             case other:
                 raise ValueError(f"a guard does not {other}")
+
+    def _revert(self, freeze: Held, before: bytes) -> None:
+        """Before it is answered: what the agent says next comes after it."""
+        freeze.before, freeze.why = before, "it goes back to where it was"
+        if not freeze.tell():
+            raise ValueError(f"{freeze.name} does not listen")
+        freeze.is_told = True
+        self._say(freeze.does)
 
     def _held(self, agent: socket.socket, name: str, words: Words, descriptors: list[int], ends_at: float) -> Held:
         if len(descriptors) != 1 or len(self._freezes) + len(self._orphans) >= MOST_FREEZES:
@@ -207,6 +226,18 @@ class Guard:
             self._selector.unregister(freeze.connection)
             del self._orphans[freeze.connection]
             freeze.connection.close()
+
+
+def _listed(words: object) -> list[str]:
+    if not isinstance(words, list):
+        raise TypeError("jobs come as a list")
+    return [str(word) for word in words]
+
+
+def _mapped(words: object) -> dict[str, str]:
+    if not isinstance(words, dict):
+        raise TypeError("drives come by the paths of their devices")
+    return {str(path): str(node) for path, node in words.items()}
 
 
 def _process_of(agent: socket.socket) -> int:
@@ -264,9 +295,16 @@ class GuardLink:
         self._turn = threading.Lock()
         self._socket: socket.socket | None = self._connected()
 
-    def freeze(self, guest: str, monitor: int, deadline_s: float) -> None:
-        """Before `stop`: from here on the guard will let the guest run after `deadline_s`. UnavailableError."""
-        self._ask({"do": "freeze", "guest": guest, "deadline_s": deadline_s}, [monitor])
+    def freeze(self, guest: str, monitor: int, deadline_s: float, cancel: Sequence[str] = ()) -> None:
+        """Before `stop`: from here on the guard will let the guest run after `deadline_s`, these jobs cancelled.
+        UnavailableError."""
+        message = {"do": "freeze", "guest": guest, "deadline_s": deadline_s, "cancel": list(cancel)}
+        self._ask(message, [monitor])
+
+    def revert(self, guest: str, drives: Mapping[str, str]) -> None:
+        """Let it run, its devices (by path) attached to these nodes before; said when this returns, and `thawed` is to
+        follow. UnavailableError: it was let run before, or the guard does not answer and may do so later."""
+        self._ask({"do": "revert", "guest": guest, "drives": dict(drives)}, [])
 
     def freeze_files(self, guest: str, agent: int, deadline_s: float) -> None:
         """Before its file systems are frozen, by the connection to its own agent; else the same."""

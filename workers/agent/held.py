@@ -8,10 +8,13 @@ import json
 import socket
 import sys
 import termios
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _READ_BYTES = 65536
 _ID = "flushpoint-guard-NUMBER"
+_FIRST = "flushpoint-guard"
+"""Nobody waits for the answers to these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +31,19 @@ class Words:
     """Those that an agent leaves unread which sleeps past its deadline. Otherwise they would hold up who answers."""
 
 
-def _command(name: str, id_: str) -> bytes:
-    return json.dumps({"execute": name, "id": id_}).encode() + b"\n"
+def _command(name: str, id_: str, arguments: Mapping[str, str] | None = None) -> bytes:
+    return json.dumps({"execute": name, "arguments": arguments or {}, "id": id_}).encode() + b"\n"
+
+
+def cancelling(jobs: Iterable[str]) -> bytes:
+    """What a monitor is told so that these jobs are no more in the way of a running guest."""
+    return b"".join(_command("job-cancel", _FIRST, {"id": job}) for job in jobs)
+
+
+def attaching(drives: Mapping[str, str]) -> bytes:
+    """What it is told so that devices, by their paths, are attached to these nodes."""
+    sets = [{"path": path, "property": "drive", "value": node} for path, node in drives.items()]
+    return b"".join(_command("qom-set", _FIRST, one) for one in sets)
 
 
 MONITOR = Words(
@@ -60,6 +74,8 @@ class Held:
     """To its monitor, or to its own agent."""
     ends_at: float
     """When it is told to run, and then again and again."""
+    before: bytes = b""
+    """Commands to be carried out before it runs, each time it is told to."""
     why: str = "its deadline is over"
     is_told: bool = False
     told: int = 0
@@ -77,7 +93,7 @@ class Held:
         if self.is_told and self._is_unread():
             return False
         self.told += 1
-        command = self.words.command.replace(b"NUMBER", b"%d" % self.told)
+        command = self.before + self.words.command.replace(b"NUMBER", b"%d" % self.told)
         try:
             return self.connection.send(command, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) > 0
         except BlockingIOError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from workers.agent.held import GUEST_AGENT, MONITOR, Held, Words
+from workers.agent.held import GUEST_AGENT, MONITOR, Held, Words, attaching, cancelling
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -95,3 +95,18 @@ def test_answers_that_a_sleeping_agent_does_not_read_do_not_hold_a_guest_up(
     else:
         with pytest.raises(BlockingIOError):
             ours.recv(4096)
+
+
+def test_jobs_are_cancelled_and_devices_attached_before_a_guest_runs(pair: Pair) -> None:
+    ours, theirs = pair
+    freeze = held(ours, MONITOR)
+    freeze.before = cancelling(["j1", "j2"]) + attaching({"/machine/peripheral/vda": "n0"})
+    assert freeze.tell()
+    said = [json.loads(line) for line in theirs.recv(4096).splitlines()]
+    assert [one["execute"] for one in said] == ["job-cancel", "job-cancel", "qom-set", "cont"]
+    assert [one["arguments"].get("id") for one in said] == ["j1", "j2", None, None]
+    assert said[2]["arguments"] == {"path": "/machine/peripheral/vda", "property": "drive", "value": "n0"}
+    theirs.send(b'{"return": {}, "id": "flushpoint-guard"}\n')
+    assert not freeze.is_done()
+    theirs.send(b'{"return": {}, "id": "flushpoint-guard-1"}\n')
+    assert freeze.is_done()
