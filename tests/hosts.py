@@ -63,6 +63,10 @@ class Host:
         if self.agent is not None:
             self.agent.terminate()
 
+    def kill_agent(self) -> None:
+        assert self.agent is not None
+        self.agent.kill()
+
     def signal_agent(self, number: signal.Signals) -> None:
         assert self.agent is not None
         os.kill(self.agent.pid, number)

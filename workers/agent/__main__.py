@@ -15,6 +15,7 @@ from coordinator.ledger import open_barrier
 from coordinator.logs import configure_logs
 from coordinator.model.errors import FlushpointError
 from coordinator.settings import Settings, load_settings
+from workers.access import Access
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
 from workers.agent.relay import Relay
@@ -37,7 +38,8 @@ async def serve(settings: Settings) -> None:
             relay = Relay(scratch, settings.relay_host, settings.relay_port, settings.relay_tls_dir)
             room = Room(scratch, settings.scratch_reserve)
             sockets = Sockets(settings.agent_sockets)
-            agent = Agent(host, barrier, guard, journal, room, sockets, relay if settings.relay_host else None)
+            access = Access(settings.allowed_roots, settings.allowed_endpoints)
+            agent = Agent(host, barrier, guard, journal, room, sockets, access, relay if settings.relay_host else None)
             running = asyncio.create_task(agent.run(lambda: log.info("ready", host=host)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, running.cancel)

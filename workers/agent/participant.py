@@ -102,7 +102,7 @@ class Machine:
                 rotation = rotate(disk.tracking(), owner, parent, epoch.number, useless)
             held = spec.seeded.get(owner.disk, disk.size) if rotation.since else 0
             parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._room.directory), rotation, held))
-            await asyncio.to_thread(_sync, disk.file)
+            await asyncio.to_thread(write_back, disk.file)
 
     async def _file_systems(self, epoch: Epoch) -> FileSystems:
         guard, journal = self.vm.guard, self.vm.journal
@@ -220,7 +220,7 @@ async def recover(epoch: Epoch, vm: str, barrier: Barrier) -> bool:
     return False
 
 
-def _sync(path: str) -> None:
+def write_back(path: str) -> None:
     """`stop` flushes: what the host's cache holds of an image is written before, while the guest runs."""
     with suppress(OSError):  # a device, or a file that the agent may not open: then the stop takes longer
         descriptor = os.open(path, os.O_RDONLY)

@@ -29,6 +29,7 @@ from coordinator.ledger.barrier import Barrier, News
 from coordinator.model.bitmap import Owner, Tracking, all_of, leftovers
 from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
+from workers.access import Access
 from workers.agent.cut import Part, Vm, let_run
 from workers.agent.feed import AGAIN_S, Feed
 from workers.agent.files import thaw_left
@@ -36,8 +37,10 @@ from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
+from workers.agent.moves import close_targets, end_jobs
 from workers.agent.muster import Muster
 from workers.agent.participant import AbortedError, Machine, Taken, fail, recover, why_of
+from workers.agent.pivot import PivotingMachine
 from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
@@ -64,9 +67,11 @@ class Agent:
         journal: Journal,
         room: Room,
         sockets: Sockets,
+        access: Access,
         relay: Relay | None = None,
     ) -> None:
-        """Without a `relay` movers have to read the scratch directory themselves."""
+        """`access` tells where guests may be moved to. Without a `relay` movers have to read the scratch directory
+        themselves."""
         self._host = host
         self._barrier = barrier
         self._guard = guard
@@ -74,6 +79,7 @@ class Agent:
         self._room = room
         self._scratch = room.directory
         self._sockets = sockets
+        self._access = access
         self._relay = relay
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
@@ -144,7 +150,11 @@ class Agent:
         try:
             vm = await self._vm(self._sockets.checked(participant.qmp))
             self._room.refuse_unless_enough()
-            machine = Machine(participant.vm, vm, self._room, self._sockets, muster)
+            machine: Machine | PivotingMachine
+            if epoch.spec.pivots:
+                machine = PivotingMachine(participant.vm, vm, self._room, self._access, muster)
+            else:
+                machine = Machine(participant.vm, vm, self._room, self._sockets, muster)
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
             muster.leave(participant.vm)
@@ -152,7 +162,7 @@ class Agent:
             return
         try:
             taken = await machine.take_part(epoch, self._barrier, self._feed)
-            said.info("cut", freeze_ms=round(taken.facts.freeze_ms, 1))
+            said.info("moved" if epoch.spec.pivots else "cut", freeze_ms=round(taken.facts.freeze_ms, 1))
             if taken.facts.fallback:
                 said.warning("crash-consistent only", why=taken.facts.fallback)
             await self._make_readable(epoch, participant, vm, taken)
@@ -325,8 +335,10 @@ class Agent:
         for path, view in list(remembered(self._scratch)):
             try:
                 vm = await self._vm(path)
+                await end_jobs(vm.monitor, view.mark)
                 await clear(vm, view)
                 await remove(vm.monitor, view)
+                await close_targets(vm.monitor)
                 log.warning("took away what an agent before this one left", monitor=str(path), disk=view.disk.device)
             except NotFoundError:
                 forget(view)

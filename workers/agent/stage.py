@@ -28,7 +28,8 @@ _LOOK_S = 1.0
 END_S = 30.0
 """A cancelled job waits for its requests in flight, so for the scratch directory's disk."""
 _BITMAP = f"{OURS}stage"
-_BY_BITMAP = {"sync": "bitmap", "bitmap": _BITMAP, "bitmap-mode": "never"}
+BY_BITMAP = {"sync": "bitmap", "bitmap": _BITMAP, "bitmap-mode": "never"}
+"""What a job copies after `merge`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ async def stage(vm: Vm, part: Part, slice_bytes: Callable[[], int], timeout_s: f
             await add_image(monitor, name, image)
             async with asyncio.timeout(timeout_s):
                 if changed:
-                    await _merge(monitor, view, changed)
-                    await _run(vm, view, view.access, name, _BY_BITMAP)
+                    await merge(monitor, view, changed)
+                    await _run(vm, view, view.access, name, BY_BITMAP)
                 if held < size:
                     missing = range(held, min(size, held + slice_bytes()))
                     source, target = await _windows(monitor, view, missing)
@@ -123,7 +124,8 @@ async def _run(vm: Vm, view: View, source: str, target: str, what: Mapping[str, 
     await _dismiss(vm, view, job)
 
 
-async def _merge(monitor: Monitor, view: View, changed: Sequence[str]) -> None:
+async def merge(monitor: Monitor, view: View, changed: Sequence[str]) -> None:
+    """One bitmap of the view for all that say what was written."""
     granularity = min(b.granularity for b in view.disk.bitmaps if b.name in changed)
     new = {"node": view.access, "name": _BITMAP, "granularity": granularity, "disabled": True}
     await monitor.execute("block-dirty-bitmap-add", new)

@@ -135,6 +135,14 @@ def inserting(view: View) -> Iterator[Command]:
     yield "blockdev-add", {"driver": "snapshot-access", "node-name": view.access, "file": view.filter_node}
 
 
+async def take_out_still(monitor: Monitor, view: View) -> None:
+    """In the stop in which it was inserted, so that nobody looks whether somebody has built upon it. The scratch image
+    stays until `remove`."""
+    await delete_node(monitor, view.access)
+    await monitor.execute("qom-set", {"path": view.disk.path, "property": "drive", "value": view.disk.node})
+    await delete_node(monitor, view.filter_node)
+
+
 async def remove(monitor: Monitor, view: View) -> None:
     """Take a view away, however much of it is there; the guest may run. RefusedError if something holds on to it: then
     it is still remembered, and an agent that starts tries again."""

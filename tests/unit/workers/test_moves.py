@@ -1,0 +1,56 @@
+"""How QEMU is told to open what a guest moves to."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.model.errors import RefusedError
+from coordinator.model.uri import parse
+from workers.agent.moves import blockdev_options, target_node
+
+FILE = {"driver": "file", "filename": "/x/disk", "discard": "unmap"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "options"),
+    [
+        ("/x/disk", {"driver": "raw", "file": FILE}),
+        ("/x/disk?format=qcow2", {"driver": "qcow2", "file": FILE}),
+        ("file:///x/a%20disk", {"driver": "raw", "file": {**FILE, "filename": "/x/a disk"}}),
+        (
+            "nbd://store/vm/vda",
+            {
+                "driver": "nbd",
+                "server": {"type": "inet", "host": "store", "port": "10809"},
+                "export": "vm/vda",
+            },
+        ),
+        (
+            "nbd://[fd00::1]:7/",
+            {"driver": "nbd", "server": {"type": "inet", "host": "fd00::1", "port": "7"}, "export": ""},
+        ),
+        (
+            "nbd+unix:///a%20b?socket=/run/%3F",
+            {"driver": "nbd", "server": {"type": "unix", "path": "/run/?"}, "export": "a b"},
+        ),
+    ],
+)
+def test_a_target_is_opened_by_its_uri(uri: str, options: dict[str, object]) -> None:
+    assert blockdev_options(parse(uri), "fp-x", "file") == {**options, "node-name": "fp-x", "discard": "unmap"}
+
+
+def test_a_block_device_has_a_driver_of_its_own() -> None:
+    file = {**FILE, "driver": "host_device"}
+    assert blockdev_options(parse("/x/disk"), "fp-x", "host_device")["file"] == file
+
+
+@pytest.mark.parametrize("uri", ["null:", "repo+file:///r", "nbds://store/vda", "nbds+unix:///vda?socket=/s"])
+def test_what_a_guest_cannot_go_on_with_is_refused(uri: str) -> None:
+    with pytest.raises(RefusedError, match=r"cannot go on with|no TLS credentials"):
+        blockdev_options(parse(uri), "fp-x", "file")
+
+
+def test_a_target_has_one_name_in_every_attempt_and_no_two_have_the_same() -> None:
+    assert target_node("/x/disk") == target_node("/x/disk")
+    assert target_node("/x/disk") != target_node("/x/disk2")
+    assert len(target_node("/x/disk")) <= 31, "QEMU takes no longer names"
