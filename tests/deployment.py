@@ -38,7 +38,7 @@ class Deployment:
 
     @contextmanager
     def host(self, name: str, guest: LiveGuest) -> Iterator[Host]:
-        environ = {"FLUSHPOINT_REDIS_URL": self.stack.env["FLUSHPOINT_REDIS_URL"]}
+        environ = {name: self.stack.env[name] for name in ("FLUSHPOINT_REDIS_URL", "FLUSHPOINT_ALLOWED_ROOTS")}
         host = Host(name, self.directory / name, guest, environ)
         try:
             host.start_agent()

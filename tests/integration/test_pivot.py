@@ -5,28 +5,23 @@ Every block on their disks tells which write it was, so that a disk is compared 
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import os
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
 from coordinator.ledger import RedisLedger
 from coordinator.model.epoch import Epoch, EpochSpec, Participant, Phase
-from coordinator.model.uri import parse
 from tests.contract.conftest import running_valkey
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
-from tests.live_guest import MIB, LiveDisk, LiveGuest, running_pair
+from tests.live_guest import MIB, LiveDisk, running_pair
 from tests.stack import Process, accepts, wait_until
-from workers.agent.guest import OURS, look_at
-from workers.agent.monitor import Monitor
+from tests.turning_guests import at, digest, disk_of, name_of, newest_of, ours_in, standing_still
 from workers.agent.moves import target_node
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-nbd", "gcc")
@@ -35,10 +30,8 @@ GROUP = "shop"
 HOUR_MS = 3_600_000
 FREEZE_MS = 1500
 """What guests are promised here, on a machine that has two processors for all of this."""
-BLOCK = 4096
 SIZE = 16 * MIB
 BEFORE_GO = ("between-stop-and-delta", "between-pending-and-frozen")
-T = TypeVar("T")
 
 
 class Group:
@@ -153,77 +146,6 @@ class Filled:
         assert not any(self.has_moved(host) for host in self.group.hosts)
         assert self.group.sources() == sources
         self.group.check_that_all_write()
-
-
-def name_of(host: Host) -> str:
-    return host.guest.directory.name
-
-
-def disk_of(host: Host) -> str:
-    return host.guest.disks[0].name
-
-
-def asked(guest: LiveGuest, ask: Callable[[Monitor], Awaitable[T]]) -> T:
-    """By the guest's user, since its agent holds the other monitor."""
-
-    async def connected() -> T:
-        monitor = await Monitor.connect(guest.user)
-        try:
-            return await ask(monitor)
-        finally:
-            await monitor.close()
-
-    return asyncio.run(connected())
-
-
-def at(guest: LiveGuest) -> tuple[str, str]:
-    """The node that its disk is attached to, and the file that is."""
-
-    async def look(monitor: Monitor) -> tuple[str, str]:
-        (disk,) = (await look_at(monitor)).disks
-        return disk.node, disk.file
-
-    return asked(guest, look)
-
-
-def ours_in(guest: LiveGuest) -> tuple[list[str], set[str]]:
-    async def look(monitor: Monitor) -> tuple[list[str], set[str]]:
-        nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
-        jobs = [str(job["id"]) for job in await monitor.execute("query-jobs")]
-        return jobs, {str(node["node-name"]) for node in nodes if node["node-name"].startswith(OURS)}
-
-    return asked(guest, look)
-
-
-@contextmanager
-def standing_still(guest: LiveGuest) -> Iterator[None]:
-    asked(guest, lambda monitor: monitor.execute("stop"))
-    try:
-        yield
-    finally:
-        asked(guest, lambda monitor: monitor.execute("cont"))
-
-
-def newest_of(host: Host, uri: str) -> int:
-    """The number of the guest's newest write. AssertionError unless all that it wrote before is there as well, too: the
-    writer puts number n into a place that follows from it, and then into the first block."""
-    copy = host.scratch / "copy"
-    where = ["-f", parse(uri).format, uri]
-    subprocess.run(["qemu-img", "convert", "-U", *where, "-O", "raw", str(copy)], check=True, timeout=30)
-    data = copy.read_bytes()
-    copy.unlink()
-    numbers = [int.from_bytes(data[place : place + 8], "little") for place in range(0, len(data), BLOCK)]
-    newest, places = numbers[0], numbers[1:]
-    count = len(places)
-    for place, number in enumerate(places):
-        last = newest - (newest - place) % count
-        expected = {max(0, last)} | ({newest + 1} if (newest + 1) % count == place else set())
-        assert number in expected, f"{uri}: {number} at {place}, not one of {expected}, and {newest} is the newest"
-    return newest
-
-
-def digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
