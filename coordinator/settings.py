@@ -96,6 +96,8 @@ class Settings(BaseSettings):
     """Where an agent keeps old blocks of disks while they are copied, and what was staged; on a disk of the host's."""
     scratch_reserve: int = Field(default=1024**3, ge=0)
     """Bytes that are to stay free on its disk: an epoch that would take them is aborted, before a view of it breaks."""
+    view_limit: int = Field(default=0, ge=0)
+    """Bytes that what a guest writes over may take there for one view, before the epoch is aborted; 0: any number."""
     journal_dir: str = "/var/lib/flushpoint/frozen"
     """Where an agent writes which guests it has stopped."""
 

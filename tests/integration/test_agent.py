@@ -286,6 +286,23 @@ def test_a_view_that_is_held_too_long_is_taken_away(group: Group) -> None:
     group.check_that_nothing_is_left()
 
 
+def test_a_view_that_takes_too_much_ends_its_epoch(group: Group) -> None:
+    """Its guest has written a lot since the cut."""
+    _, second = group.hosts
+    group.check_an_epoch()
+    second.start_agent("before-stage:stop", {"FLUSHPOINT_VIEW_LIMIT": str(MIB // 4)})
+    group.open()
+    wait_until(second.trip.exists, "the agent to hang", STEP_S)
+    group.check_that_all_write()
+    second.signal_agent(signal.SIGCONT)
+    aborted = group.wait_for(Phase.ABORTED, Phase.READABLE)
+    assert "GiB of scratch, and may take 0.00" in aborted.why, aborted.why
+    group.check_that_all_write()
+    second.start_agent()
+    group.check_an_epoch()
+    group.check_that_nothing_is_left()
+
+
 def test_an_epoch_that_would_fill_the_scratch_disk_is_aborted(group: Group) -> None:
     """Before it begins, and while views are held."""
     _, second = group.hosts

@@ -36,7 +36,7 @@ async def serve(settings: Settings) -> None:
             journal = Journal(Path(settings.journal_dir))
             host = settings.agent_host or socket.gethostname()
             relay = Relay(scratch, settings.relay_host, settings.relay_port, settings.relay_tls_dir)
-            room = Room(scratch, settings.scratch_reserve)
+            room = Room(scratch, settings.scratch_reserve, settings.view_limit)
             sockets = Sockets(settings.agent_sockets)
             access = Access(settings.allowed_roots, settings.allowed_endpoints)
             agent = Agent(host, barrier, guard, journal, room, sockets, access, relay if settings.relay_host else None)

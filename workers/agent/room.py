@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +14,17 @@ from coordinator.model.errors import RefusedError, UnavailableError
 LOOK_S = 0.5
 _GIB = 1024**3
 _SLICE_UNIT = 1024**2
+_SECTOR = 512
+"""What stat(2) counts blocks in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """`reserve` bytes are to stay free."""
+    """`reserve` bytes are to stay free, and the scratch image of one view may take `view_limit`; 0: any number."""
 
     directory: Path
     reserve: int
+    view_limit: int = 0
 
     def refuse_unless_enough(self) -> None:
         """RefusedError; before anything is made there."""
@@ -37,11 +42,24 @@ class Room:
         most = max(_SLICE_UNIT, share - share % _SLICE_UNIT)
         return min(limit, most) if limit else most
 
-    async def watch(self) -> None:
-        """Until there is not enough any more: UnavailableError. Never returns."""
+    async def watch(self, views: Sequence[Path]) -> None:
+        """Until there is not enough any more, or one of these scratch images takes too much: UnavailableError. Never
+        returns."""
         while self._free() >= self.reserve:
+            for view in views:
+                self._check(view)
             await asyncio.sleep(LOOK_S)
         raise UnavailableError(*self._said())
+
+    def _check(self, view: Path) -> None:
+        with suppress(FileNotFoundError):  # it was staged, and is gone
+            taken = view.stat().st_blocks * _SECTOR
+            if 0 < self.view_limit < taken:
+                raise UnavailableError(
+                    f"the view at {view} takes {taken / _GIB:.2f} GiB of scratch, and may take"
+                    f" {self.view_limit / _GIB:.2f}",
+                    "copy at a time when the guest writes less, or raise FLUSHPOINT_VIEW_LIMIT",
+                )
 
     def _free(self) -> int:
         found = os.statvfs(self.directory)

@@ -218,7 +218,7 @@ class Agent:
         slice_bytes = partial(self._room.slice, epoch.spec.slice_bytes, sharers)
         staging = asyncio.create_task(stage_all(vm, taken.parts, place, slice_bytes))
         self._staging.setdefault((epoch.group, epoch.number), []).append(staging)
-        watching = asyncio.create_task(self._room.watch())
+        watching = asyncio.create_task(self._room.watch([part.view.scratch for part in taken.parts]))
         try:
             await asyncio.wait({staging, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not staging.done():
