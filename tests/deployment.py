@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,16 @@ class Command:
     def says(self, *words: object) -> str:
         """What it tells beside its output."""
         return self._done(words, 0).stderr
+
+    @contextmanager
+    def started(self, *words: object) -> Iterator[subprocess.Popen[str]]:
+        """Until the block ends; then it is terminated."""
+        argv = [sys.executable, "-P", "-m", "flushpoint", *map(str, words)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=self._environ) as process:
+            try:
+                yield process
+            finally:
+                process.terminate()
 
     def _done(self, words: tuple[object, ...], code: int) -> subprocess.CompletedProcess[str]:
         done = flushpoint(*words, environ=self._environ)

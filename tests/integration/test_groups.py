@@ -21,7 +21,7 @@ from coordinator.model.group import GroupPolicy, GroupSpec
 from coordinator.model.view import CheckpointState
 from tests.deployment import FREEZE_S, Command, Deployment, member_of
 from tests.group_disks import Disks
-from tests.guest import GuestKit
+from tests.guest import GuestKit, run_guest
 from tests.hosts import STEP_S, Host
 from tests.live_guest import (
     MIB,
@@ -250,6 +250,30 @@ def test_a_point_tells_whether_all_of_its_file_systems_were_frozen(
         assert point.consistency == "crash"
         told = [(machine.filesystem_consistent, machine.fallback) for machine in point.machines]
         assert told == [(True, ""), (False, "no guest agent is named")]
+    boot_all(deployment, guest_kit, f"quiet@{point.epoch}", {"files": MOUNTED, "other": READ})
+
+
+MOUNTED = """\
+mount /dev/vda /mnt
+test -e /mnt/1
+echo tried > /mnt/tried
+umount /mnt
+"""
+READ = "dd if=/dev/vda of=/dev/null bs=1M 2>/dev/null\ndd if=/dev/zero of=/dev/vda bs=4k count=1 2>/dev/null\n"
+
+
+def boot_all(deployment: Deployment, kit: GuestKit, point: str, scripts: Mapping[str, str]) -> None:
+    """Every machine of a point on the drives that `serve` tells, by the names of the machines; each may write."""
+    command = Command(deployment)
+    with command.started("serve", point, "--writable", deployment.directory / "trial") as serving:
+        uris = [serving.stdout.readline().strip() for _ in scripts]  # type: ignore[union-attr]
+        assert len({uri.partition("?")[0] for uri in uris}) == len(scripts)
+        for (vm, script), uri in zip(scripts.items(), uris, strict=True):
+            assert f"/{vm}/" in uri
+            directory = deployment.directory / f"boot-{vm}"
+            directory.mkdir()
+            run_guest(kit.command(kit.initramfs(directory, script), [f"file={uri},format=raw"]), directory / "console")
+    assert "damage" not in command.says("verify", point)
 
 
 def bitmaps_of(host: Host) -> list[str]:
