@@ -5,6 +5,7 @@ Every block on their disks tells which write it was, so that a disk is compared 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from tests.hosts import STEP_S, Host
 from tests.live_guest import MIB, LiveDisk, running_pair
 from tests.stack import Process, accepts, wait_until
 from tests.turning_guests import at, digest, disk_of, name_of, newest_of, ours_in, standing_still
+from workers.agent.cut import let_run
+from workers.agent.journal import Journal
 from workers.agent.moves import target_node
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-nbd", "gcc")
@@ -92,9 +95,12 @@ class Group:
         return Filled(self, epoch.number, {name_of(h): str(t) for h, t in zip(self.hosts, targets, strict=True)})
 
     def check_that_all_write(self) -> None:
-        for host in self.hosts:
-            host.guest.wait_until_it_writes()
-            assert "a write failed" not in host.guest.guest.console()
+        """More than they have until now."""
+        consoles = [host.guest.guest.console for host in self.hosts]
+        seen = [console().count("wrote ") for console in consoles]
+        for console, count in zip(consoles, seen, strict=True):
+            wait_until(lambda read=console, n=count: read().count("wrote ") > n, "more writes", STEP_S)  # type: ignore[misc]
+            assert "a write failed" not in console()
 
     def check_disks(self, uris: dict[str, str]) -> None:
         """Those that guests are attached to hold all that these have written, and no effect without its cause."""
@@ -229,6 +235,7 @@ def test_an_agent_that_is_lost_before_all_may_move_keeps_all_where_they_are(
 
 
 def test_what_agent_and_guard_left_half_moved_runs_where_it_was_when_an_agent_starts(group: Group) -> None:
+    """And writes, before anything else is done: its pending jobs would not let it."""
     _, second = group.hosts
     sources, filled = group.sources(), group.filled()
     second.start_agent("between-pending-and-frozen:stop")
@@ -236,6 +243,9 @@ def test_what_agent_and_guard_left_half_moved_runs_where_it_was_when_an_agent_st
     wait_until(second.trip.exists, "the second machine to wait for the decision", STEP_S)
     second.guard.kill()
     second.kill_agent()
+    (said,) = asyncio.run(let_run(Journal(second.journal)))
+    assert said.startswith(f"let {second.guest.monitor} run")
+    group.check_that_all_write()
     second.start_guard()
     second.start_agent()
     assert "follow" in group.wait_for(Phase.ABORTED, Phase.READABLE).why
@@ -338,3 +348,4 @@ def lose_agent(group: Group, filled: Filled, point: str, action: str) -> None:
         second.signal_agent(signal.SIGCONT)
     else:
         second.start_agent()
+        assert filled.has_nothing_else(second)
