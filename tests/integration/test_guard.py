@@ -162,7 +162,8 @@ def test_a_guest_that_its_user_paused_stays_paused(guest: LiveGuest, guard: Proc
         await monitor.execute("stop")
         vm = Vm(monitor, link, Journal(tmpfs_path / "journal"))
         frozen = await vm.freeze(LONG_S)
-        await vm.take(frozen, [])
+        await vm.confirm(frozen)
+        assert await vm.go_on(frozen) == (0.0, None)
         assert await vm.thaw(frozen) == 0.0
         assert (await monitor.execute("query-status"))["status"] == "paused"
         link.close()
@@ -181,8 +182,9 @@ def test_a_cut_in_which_somebody_let_the_guest_run_is_refused(
         await monitor.execute("cont")
         await monitor.execute("stop")
         with pytest.raises(RefusedError, match="let the guest run while it was cut"):
-            await vm.take(frozen, [])
-        await vm.thaw(frozen)
+            await vm.confirm(frozen)
+        _, has_run = await vm.go_on(frozen)
+        assert has_run is not None
         guest.wait_until_it_writes()
         link.close()
         await monitor.close()

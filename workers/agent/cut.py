@@ -2,11 +2,11 @@
 
     freeze()    stop; from here on the guest's deadline runs
     take()      rotate bitmaps, insert views
-    confirm()   it has not run since
-    thaw()      cont
+    go_on()     it has not run since; cont
+    thaw()      cont, whatever came
 
-A cut counts only if nobody let the guest run in between: the monitor's own stream of events must show no RESUME from
-the stop to the last answer. A guest that was not running before is cut as it is, and stays as it was.
+A cut counts only if nobody let the guest run in between: the monitor's own stream of events must show that it stood
+still from the stop to the cont. A guest that was not running before is cut as it is, and stays as it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from coordinator.model.errors import FlushpointError, NotFoundError, RefusedErro
 from workers.agent.guard import GuardLink
 from workers.agent.guest import OURS
 from workers.agent.journal import Journal
-from workers.agent.monitor import Command, GuestRefusedError, GuestSilentError, Monitor
+from workers.agent.monitor import ANSWER_S, Command, GuestRefusedError, GuestSilentError, Monitor
 from workers.agent.views import View, inserting
 
 MIRROR = f"{OURS}pivot-"
@@ -69,6 +69,8 @@ class Vm:
         self.turn = asyncio.Lock()
         self.guard = guard
         self.journal = journal
+        self._armed: bool | None = None
+        """Whether the guest ran when the journal was written for its next stop; None: it was not."""
 
     async def freeze(
         self,
@@ -76,49 +78,85 @@ class Vm:
         together: Callable[[], Awaitable[object]] = _at_once,
         cancel: Sequence[str] = (),
     ) -> Frozen:
-        """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError while it is
-        migrated; UnavailableError if the guard or the journal fails, and then it is not stopped. `together` is waited
-        for when all is ready for the stop. A guard that lets it run cancels the jobs `cancel` before."""
-        status = await self.monitor.execute("query-status")
-        if status["status"] in ("inmigrate", "finish-migrate"):
-            raise RefusedError("the guest is being migrated", "try again when that is done")
-        was_running = bool(status["running"])
+        """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError if its user has
+        stopped or continued it just now; UnavailableError if the guard or the journal fails: then it is not stopped.
+        `together` is waited for when all is ready for the stop. A guard that lets it run cancels the jobs `cancel`
+        before."""
+        was_running = await self.arm()
+        begun = time.monotonic()
+        frozen = Frozen(self.monitor.heard, was_running, begun, begun + deadline_s)
         if was_running:
-            await asyncio.to_thread(self.journal.write, self.monitor.path)
             try:
                 await asyncio.to_thread(self.guard.freeze, self._name, self.monitor.fileno(), deadline_s, cancel)
             except FlushpointError:
-                await asyncio.to_thread(self.journal.erase, self.monitor.path)  # it was never stopped
+                await self.disarm()
                 raise
-        begun = time.monotonic()
-        frozen = Frozen(self.monitor.heard, was_running, begun, begun + deadline_s)
+        self._armed = None
         stop: list[Command] = [("stop", {})] if was_running else []
         try:
             await together()
             frozen = replace(frozen, heard=self.monitor.heard, stopped_at=time.monotonic())
-            *_, blocks = await self.monitor.execute_all([*stop, ("query-block", {})], deadline_s)
+            asked: list[Command] = [("query-status", {}), *stop, ("query-block", {})]
+            status, *_, blocks = await self.monitor.execute_all(asked, deadline_s)
+            if bool(status["running"]) is not was_running:
+                frozen = replace(frozen, was_running=bool(status["running"]) and was_running)
+                raise RefusedError("its user has stopped or continued the guest just now", "the next epoch takes it so")
         except BaseException:
-            await self.thaw(frozen)
+            if frozen.was_running:
+                await self.thaw(frozen)
+            elif was_running:  # stopped by its user, whose it stays
+                await self._forget()
             raise
         return replace(frozen, blocks=blocks)
 
+    async def arm(self) -> bool:
+        """What takes time and can be done before a stop: the guest is asked whether it runs, and the journal written.
+        `freeze` or `disarm` is to follow. RefusedError while it is migrated; UnavailableError if the journal fails."""
+        if self._armed is None:
+            status = await self.monitor.execute("query-status")
+            if status["status"] in ("inmigrate", "finish-migrate"):
+                raise RefusedError("the guest is being migrated", "try again when that is done")
+            if status["running"]:
+                await asyncio.to_thread(self.journal.write, self.monitor.path)
+            self._armed = bool(status["running"])
+        return self._armed
+
+    async def disarm(self) -> None:
+        """It is not stopped. Any number of times."""
+        armed, self._armed = self._armed, None
+        if armed:
+            await asyncio.to_thread(self.journal.erase, self.monitor.path)
+
     async def take(self, frozen: Frozen, parts: Sequence[Part]) -> None:
-        """Rotate and insert, all within the deadline. RefusedError if the guest ran meanwhile: the views are worth
-        nothing then. After any error they are to be removed."""
+        """Rotate and insert, all within the deadline; whether the guest ran meanwhile is for `go_on` or `confirm` to
+        say. After any error views are to be removed. RefusedError."""
         _refuse_changed(frozen.blocks, parts)
         commands: list[Command] = [("transaction", {"actions": _actions(parts)})] if parts else []
         for part in parts:
             commands += inserting(part.view)
         await self.monitor.execute_all(commands, _left(frozen))
-        await self.confirm(frozen)
 
     async def confirm(self, frozen: Frozen) -> None:
         """RefusedError if the guest has run since it was stopped."""
         if await self.has_run(frozen, _left(frozen)):
-            raise RefusedError(
-                "somebody let the guest run while it was cut",
-                "keep others from continuing it, or give it a longer deadline",
-            )
+            raise _has_run()
+
+    async def go_on(
+        self, frozen: Frozen, together: Callable[[], Awaitable[object]] = _at_once
+    ) -> tuple[float, RefusedError | None]:
+        """`thaw`, and what is to be raised if it had run before that. It is asked and told at once: what stopped it
+        first was ours, so it has run if it was stopped again, or runs when it is asked. Before anything else is done
+        `together` is waited for. GuestSilentError."""
+        cont: list[Command] = [("cont", {})] if frozen.was_running else []
+        status, *_ = await self.monitor.execute_all([("query-status", {}), *cont], ANSWER_S)
+        stood_s = time.monotonic() - frozen.stopped_at if frozen.was_running else 0.0
+        names = [event.name for event in self.monitor.events_since(frozen.heard)]
+        stopped_again = names.count("STOP") > (1 if frozen.was_running else 0)
+        ran = status["running"] or stopped_again or "WAKEUP" in names
+        await together()
+        if frozen.was_running:
+            await self._forget()
+        return stood_s, _has_run() if ran else None
 
     async def has_run(self, frozen: Frozen, timeout_s: float) -> bool:
         """Since it was stopped."""
@@ -132,14 +170,24 @@ class Vm:
             return 0.0
         await self.monitor.execute("cont")
         stood_s = time.monotonic() - frozen.stopped_at
+        await self._forget()
+        return stood_s
+
+    async def _forget(self) -> None:
+        """It runs: neither guard nor journal has to do with it any more."""
         with suppress(UnavailableError):  # a guard that is gone or hangs lets the guest run, too
             await asyncio.to_thread(self.guard.thawed, self._name)
         await asyncio.to_thread(self.journal.erase, self.monitor.path)
-        return stood_s
 
     @property
     def _name(self) -> str:
         return str(self.monitor.path)
+
+
+def _has_run() -> RefusedError:
+    return RefusedError(
+        "somebody let the guest run while it was cut", "keep others from continuing it, or give it a longer deadline"
+    )
 
 
 async def let_run(journal: Journal) -> list[str]:

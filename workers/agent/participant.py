@@ -12,11 +12,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.bitmap import Owner, rotate
@@ -27,7 +26,7 @@ from workers.agent.feed import Feed
 from workers.agent.files import FileSystems
 from workers.agent.guest import look_at
 from workers.agent.guest_agent import ANSWER_S
-from workers.agent.muster import Muster
+from workers.agent.muster import Moment, Muster
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
 from workers.agent.views import prepare, remove
@@ -72,6 +71,7 @@ class Machine:
             parts: list[Part] = []
             try:
                 await self._prepare(epoch, parts)
+                await self.vm.arm()
                 with closing(await self._file_systems(epoch)) as files:
                     pass_point("between-prepare-and-prepared")
                     standing = await barrier.prepared(epoch, self.name)
@@ -81,6 +81,8 @@ class Machine:
             except BaseException as error:
                 self._muster.leave(self.name)
                 await self._drop(parts)
+                with suppress(FlushpointError):  # an entry too many lets a guest run that does already
+                    await self.vm.disarm()
                 await self._tell(epoch, barrier, error)
                 raise
 
@@ -155,17 +157,22 @@ class Machine:
     ) -> tuple[float, float]:
         if left_s <= 0:
             raise UnavailableError(f"{self.name} was not stopped in time", "look at what its host is busy with")
-        frozen = await self.vm.freeze(left_s, partial(self._muster.wait, self.name, MUSTER_SHARE * left_s))
+        wait = partial(self._muster.wait, name=self.name, timeout_s=MUSTER_SHARE * left_s)
+        frozen = await self.vm.freeze(left_s, partial(wait, Moment.STOP))
         try:
             pass_point("between-stop-and-frozen")
             cut_at = time.time()
-            async with asyncio.timeout(left_s):
-                # Nothing is written from here on, so the views may be taken while the others are waited for.
-                await _side_by_side(self.vm.take(frozen, parts), self._wait_to_go(epoch, barrier, feed))
+            # Before any other may go on: as long as all stand still, nobody takes the processors from those who cut.
+            await self.vm.take(frozen, parts)
+            async with asyncio.timeout(max(0.0, frozen.ends_at - time.monotonic())):
+                await self._wait_to_go(epoch, barrier, feed)
             pass_point("between-go-and-cut")
-            await self.vm.confirm(frozen)
-        finally:
-            stood_s = await self.vm.thaw(frozen)
+            stood_s, has_run = await self.vm.go_on(frozen, partial(wait, Moment.GONE_ON))
+        except BaseException:
+            await self.vm.thaw(frozen)
+            raise
+        if has_run:
+            raise has_run
         return cut_at, stood_s
 
     async def _wait_to_go(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> None:
@@ -181,17 +188,6 @@ class Machine:
         if not isinstance(error, AbortedError):
             with suppress(FlushpointError):  # its agent says it again
                 await fail(epoch, self.name, barrier, why_of(error))
-
-
-async def _side_by_side(*work: Coroutine[Any, Any, object]) -> None:
-    """The first that fails ends the other."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def refuse_aborted(epoch: Epoch, standing: Standing) -> None:

@@ -52,7 +52,7 @@ from workers.agent.moves import (
     switch,
     target_node,
 )
-from workers.agent.muster import Muster
+from workers.agent.muster import Moment, Muster
 from workers.agent.participant import MUSTER_SHARE, AbortedError, Taken, fail, refuse_aborted, why_of, write_back
 from workers.agent.room import Room
 from workers.agent.views import prepare, remove
@@ -92,6 +92,8 @@ class PivotingMachine:
             ready: list[_Ready] = []
             try:
                 await self._prepare(epoch, ready)
+                if ready:
+                    await self.vm.arm()
                 pass_point("between-prepare-and-prepared")
                 standing = await barrier.prepared(epoch, self.name)
                 standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
@@ -103,6 +105,7 @@ class PivotingMachine:
             except BaseException as error:
                 self._muster.leave(self.name)
                 await asyncio.gather(self._tell(epoch, barrier, error), self._clear(ready))  # others stand still
+                await self._try(self.vm.disarm())
                 raise
             await self._clear(ready)
         return Taken((), facts, standing)
@@ -180,7 +183,7 @@ class PivotingMachine:
         moves = [one.move for one in ready]
         deadline_s = epoch.spec.freeze_ms / 1000
         async with self.vm.order:
-            together = partial(self._muster.wait, self.name, MUSTER_SHARE * deadline_s)
+            together = partial(self._muster.wait, Moment.STOP, self.name, MUSTER_SHARE * deadline_s)
             frozen = await self.vm.freeze(deadline_s, together, [move.mirror for move in moves])
             try:
                 await self._until_go(epoch, ready, frozen, barrier, feed)
