@@ -78,45 +78,56 @@ class Vm:
         together: Callable[[], Awaitable[object]] = _at_once,
         cancel: Sequence[str] = (),
     ) -> Frozen:
-        """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError if its user has
-        stopped or continued it just now; UnavailableError if the guard or the journal fails: then it is not stopped.
-        `together` is waited for when all is ready for the stop. A guard that lets it run cancels the jobs `cancel`
-        before."""
-        was_running = await self.arm()
-        begun = time.monotonic()
-        frozen = Frozen(self.monitor.heard, was_running, begun, begun + deadline_s)
-        if was_running:
+        """Stop the guest, for at most `deadline_s`, whatever comes: `thaw` is to follow. RefusedError while it is
+        migrated; UnavailableError if the guard or the journal fails: then it is not stopped. `together` is waited for
+        when all is ready for the stop. A guard that lets it run cancels the jobs `cancel` before."""
+        ends_at = time.monotonic() + deadline_s
+        while True:
+            was_running = await self.arm()
+            frozen = await self._stopped(was_running, ends_at, together, cancel)
+            if frozen.was_running is was_running:
+                return frozen
+            if was_running:  # its user has stopped it just now, so it stays as it is
+                await self._forget()
+                return replace(frozen, heard=self.monitor.heard)
+
+    async def _stopped(
+        self, running: bool, ends_at: float, together: Callable[[], Awaitable[object]], cancel: Sequence[str]
+    ) -> Frozen:
+        """As it is then: what did not run when it was armed is not stopped, though its user may have continued it."""
+        answering: list[asyncio.Task[None]] = []
+        if running:
+            left_s = ends_at - time.monotonic()
             try:
-                await asyncio.to_thread(self.guard.freeze, self._name, self.monitor.fileno(), deadline_s, cancel)
+                answered = self.guard.begin_freeze(self._name, self.monitor.fileno(), left_s, cancel)
             except FlushpointError:
                 await self.disarm()
                 raise
+            answering.append(asyncio.create_task(asyncio.to_thread(answered)))
         self._armed = None
-        stop: list[Command] = [("stop", {})] if was_running else []
+        frozen = Frozen(self.monitor.heard, running, time.monotonic(), ends_at)
+        stop: list[Command] = [("stop", {})] if running else []
         try:
             await together()
             frozen = replace(frozen, heard=self.monitor.heard, stopped_at=time.monotonic())
             asked: list[Command] = [("query-status", {}), *stop, ("query-block", {})]
-            status, *_, blocks = await self.monitor.execute_all(asked, deadline_s)
-            if bool(status["running"]) is not was_running:
-                frozen = replace(frozen, was_running=bool(status["running"]) and was_running)
-                raise RefusedError("its user has stopped or continued the guest just now", "the next epoch takes it so")
+            status, *_, blocks = await self.monitor.execute_all(asked, max(0.01, ends_at - time.monotonic()))
+            await asyncio.gather(*answering)
         except BaseException:
-            if frozen.was_running:
-                await self.thaw(frozen)
-            elif was_running:  # stopped by its user, whose it stays
-                await self._forget()
+            await asyncio.gather(*answering, return_exceptions=True)
+            await self.thaw(frozen)
             raise
-        return replace(frozen, blocks=blocks)
+        return replace(frozen, blocks=blocks, was_running=bool(status["running"]))
 
     async def arm(self) -> bool:
         """What takes time and can be done before a stop: the guest is asked whether it runs, and the journal written.
-        `freeze` or `disarm` is to follow. RefusedError while it is migrated; UnavailableError if the journal fails."""
+        `freeze` or `disarm` is to follow. RefusedError while it is migrated; UnavailableError if one of those fails."""
         if self._armed is None:
             status = await self.monitor.execute("query-status")
             if status["status"] in ("inmigrate", "finish-migrate"):
                 raise RefusedError("the guest is being migrated", "try again when that is done")
             if status["running"]:
+                await asyncio.to_thread(self.guard.check)
                 await asyncio.to_thread(self.journal.write, self.monitor.path)
             self._armed = bool(status["running"])
         return self._armed
@@ -178,6 +189,11 @@ class Vm:
         with suppress(UnavailableError):  # a guard that is gone or hangs lets the guest run, too
             await asyncio.to_thread(self.guard.thawed, self._name)
         await asyncio.to_thread(self.journal.erase, self.monitor.path)
+
+    async def close(self) -> None:
+        """Give monitor and guard back."""
+        await self.monitor.close()
+        self.guard.close()
 
     @property
     def _name(self) -> str:

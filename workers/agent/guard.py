@@ -3,6 +3,7 @@
 ::
 
     agent ── unix socket ──> guard
+      hello                                                                  is it there?
       freeze NAME, deadline, jobs, a duplicate of the monitor's descriptor   before `stop` is sent
       freeze-files NAME, deadline, one of the guest agent's connection       before its file systems are frozen
       revert NAME, drives                                                    let it run now, on what it was attached to
@@ -145,6 +146,8 @@ class Guard:
         name = str(message["guest"])
         key = (agent.fileno(), name)
         match message["do"]:
+            case "hello":
+                pass
             case "freeze" | "freeze-files" as kind:
                 deadline_s = float(str(message["deadline_s"]))
                 if not 0 < deadline_s <= 60:
@@ -298,8 +301,37 @@ class GuardLink:
     def freeze(self, guest: str, monitor: int, deadline_s: float, cancel: Sequence[str] = ()) -> None:
         """Before `stop`: from here on the guard will let the guest run after `deadline_s`, these jobs cancelled.
         UnavailableError."""
+        self.begin_freeze(guest, monitor, deadline_s, cancel)()
+
+    def begin_freeze(
+        self, guest: str, monitor: int, deadline_s: float, cancel: Sequence[str] = ()
+    ) -> Callable[[], None]:
+        """The same, but its answer is waited for by calling what is returned. The guard has the message, and acts on it
+        even if this process ends now; one that hangs, which was there a moment ago (`check`), shows by its answer.
+        UnavailableError: it has nothing, so the guest is not to be stopped."""
         message = {"do": "freeze", "guest": guest, "deadline_s": deadline_s, "cancel": list(cancel)}
-        self._ask(message, [monitor])
+        self._turn.acquire()
+        try:
+            self._say(message, [monitor])
+        except BaseException:
+            self._turn.release()
+            raise
+
+        def answered() -> None:
+            try:
+                self._hear()
+            finally:
+                self._turn.release()
+
+        return answered
+
+    def check(self) -> None:
+        """UnavailableError unless it answers now."""
+        self._ask({"do": "hello", "guest": ""}, [])
+
+    def another(self) -> GuardLink:
+        """To the same guard, whose questions wait for none of this one's. UnavailableError."""
+        return GuardLink(self._path)
 
     def revert(self, guest: str, drives: Mapping[str, str]) -> None:
         """Let it run, its devices (by path) attached to these nodes before; said when this returns, and `thawed` is to
@@ -339,22 +371,34 @@ class GuardLink:
 
     def _ask(self, message: dict[str, object], descriptors: list[int]) -> None:
         with self._turn:
-            if self._socket is None:
-                self._socket = self._connected()
-            try:
-                socket.send_fds(self._socket, [json.dumps(message).encode()], descriptors)
-                answer = json.loads(self._socket.recv(MESSAGE_BYTES) or b"{}")
-            except OSError as error:
-                self.close()  # a late answer would be taken for that of the next question
-                why = error.strerror or str(error)
-                raise UnavailableError(
-                    f"the guard at {self._path} does not answer ({why})", "look at its log"
-                ) from error
-            if "ok" not in answer:
-                self.close()
-                raise UnavailableError(f"the guard at {self._path} has ended", "start it again")
+            self._say(message, descriptors)
+            self._hear()
+
+    def _say(self, message: dict[str, object], descriptors: list[int]) -> None:
+        if self._socket is None:
+            self._socket = self._connected()
+        try:
+            socket.send_fds(self._socket, [json.dumps(message).encode()], descriptors)
+        except OSError as error:
+            raise self._silent(error) from error
+
+    def _hear(self) -> None:
+        if self._socket is None:
+            raise UnavailableError(f"the guard at {self._path} has ended", "start it again")
+        try:
+            answer = json.loads(self._socket.recv(MESSAGE_BYTES) or b"{}")
+        except OSError as error:
+            raise self._silent(error) from error
+        if "ok" not in answer:
+            self.close()
+            raise UnavailableError(f"the guard at {self._path} has ended", "start it again")
         if not answer["ok"]:
             raise UnavailableError(f"the guard at {self._path} refused: {answer['error']}", "look at its log")
+
+    def _silent(self, error: OSError) -> UnavailableError:
+        self.close()  # a late answer would be taken for that of the next question
+        why = error.strerror or str(error)
+        return UnavailableError(f"the guard at {self._path} does not answer ({why})", "look at its log")
 
 
 def main() -> int:

@@ -1,8 +1,7 @@
 """Machines of one host that do a thing at once.
 
-Before a guest is stopped its monitor is asked, its host's journal is written and the guard told. If one machine did that
-while another is stopped already, that one would stand still for it. It is the same when they go on: what the first one
-does then would take the processors, and this program, from those that still stand.
+What a machine does before its stop would let another stand still that is stopped already. What it does after going on
+would take the processors, and this program, from those that still stand.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for vm in self._vms.values():
-                await vm.monitor.close()
+                await vm.close()
             if self._relay is not None:
                 await self._relay.close()
 
@@ -318,9 +318,14 @@ class Agent:
         a second client."""
         async with self._connecting[path]:
             if path in self._vms and not self._vms[path].monitor.is_open:
-                await self._vms.pop(path).monitor.close()
+                await self._vms.pop(path).close()
             if path not in self._vms:
-                self._vms[path] = Vm(await Monitor.connect(path), self._guard, self._journal)
+                guard = await asyncio.to_thread(self._guard.another)
+                try:
+                    self._vms[path] = Vm(await Monitor.connect(path), guard, self._journal)
+                except BaseException:
+                    guard.close()
+                    raise
             return self._vms[path]
 
     async def _let_go(self, vm: Vm) -> None:
@@ -328,7 +333,7 @@ class Agent:
         path = vm.monitor.path
         async with self._connecting[path]:
             if self._vms.get(path) is vm:
-                await self._vms.pop(path).monitor.close()
+                await self._vms.pop(path).close()
 
     async def _clear_guests(self) -> None:
         """Of views that an agent before this one left in them."""
