@@ -61,7 +61,9 @@ static void write_for_ever(const char *path, uint64_t disk)
         write_block(fd, block, disk << 48 | number, dice % blocks * BLOCK);
         if (number % 64 == 0 && fdatasync(fd))
             die("sync");
-        if (number % 1024 == 0) {
+        if (number % 8 == 0)
+            usleep(2000); /* the host has other things to do, too */
+        if (number % 256 == 0) {
             printf("wrote %llu of %llu\n", (unsigned long long)number, (unsigned long long)disk);
             fflush(stdout);
         }
@@ -108,8 +110,8 @@ static void take_turns(int leads, const char *port_path, const char *disk)
         if (leads && hear(port) != number)
             die("out of turn");
         if (leads)
-            usleep(1000); /* the host has other things to do, too */
-        if (number % 256 == 0) {
+            usleep(3000); /* the host has other things to do, too */
+        if (number % 16 == 0) {
             printf("wrote %llu of 1\n", (unsigned long long)number);
             fflush(stdout);
         }
