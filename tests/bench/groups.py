@@ -17,13 +17,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from coordinator.model.group import GroupPolicy
+from coordinator.model.mirror import MirrorSpec
 from tests.bench import virtnbdbackup
 from tests.bench.report import machine, summary
 from tests.deployment import Deployment, member_of
@@ -36,6 +38,7 @@ from workers.agent.monitor import Monitor
 
 OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "bench" / "groups.json"
 SIZES = (2, 4, 8)
+PIVOT_S = 5.0
 INCREMENT_S = 2.0
 """For how long a guest writes before each increment."""
 FLOOR_BITMAP = "floor"
@@ -48,10 +51,11 @@ class Scale:
     rpo_s: float
     protected_s: float
     sizes: tuple[int, ...]
+    pivots: int
 
 
-FULL = Scale(25, 5.0, 90.0, SIZES)
-QUICK = Scale(3, 2.0, 10.0, (2,))
+FULL = Scale(15, 5.0, 60.0, SIZES, 5)
+QUICK = Scale(3, 2.0, 10.0, (2,), 1)
 
 
 @contextmanager
@@ -234,6 +238,66 @@ def increments(kit: GuestKit, scale: Scale, directory: Path) -> dict[str, Any]:
     }
 
 
+def pivots(kit: GuestKit, scale: Scale, directory: Path) -> dict[str, Any]:
+    """How long one machine stands still when it goes on with another image; and for how long QEMU's own mirror, which
+    does not stop it, keeps its writes waiting at the end. In turns, on one guest."""
+    with (
+        running_guests(kit, directory / "guests", 1) as guests,
+        protected(directory, guests, "shop", 0) as deployment,
+    ):
+        client, guest = deployment.stack.client, guests[0]
+        spec = client.group("shop").spec
+        ours, theirs, took = [], [], []
+        for number in range(scale.pivots):
+            mirror = MirrorSpec(targets={spec.disks[0]: str(directory / f"ours-{number}.raw")})
+            client.apply_group("shop", spec.model_copy(update={"mirror": mirror}))
+            begun = time.monotonic()
+            asked = client.ask_to_complete_group("shop", pivot=True, downtime_s=PIVOT_S)
+            ended = client.completion("shop", asked.id)
+            assert ended.done, ended.why
+            took.append(time.monotonic() - begun)
+            ours += ended.downtimes_ms.values()
+            theirs.append(asyncio.run(own_pivot(guest, directory / f"theirs-{number}.raw")))
+    return {
+        "downtime_ms": summary(ours),
+        "complete_s": summary(took),
+        "mirror_job_complete_ms": summary(theirs),
+        "ratio_of_medians": statistics.median(ours) / statistics.median(theirs),
+    }
+
+
+async def own_pivot(guest: LiveGuest, image: Path) -> float:
+    """A background mirror of QEMU's: milliseconds from job-complete until the guest is attached to the copy."""
+    monitor = await Monitor.connect(guest.user)
+    try:
+        disk = (await look_at(monitor)).disk(guest.disks[0].name)
+        with image.open("wb") as file:
+            file.truncate(disk.size)
+        target = {"driver": "raw", "node-name": image.stem, "file": {"driver": "file", "filename": str(image)}}
+        await monitor.execute("blockdev-add", target)
+        what = {"job-id": "peer", "device": disk.node, "target": image.stem, "sync": "full", "auto-dismiss": False}
+        await monitor.execute("blockdev-mirror", what)
+        await _until_job_is(monitor, "ready")
+        begun = time.monotonic()
+        await monitor.execute("job-complete", {"id": "peer"})
+        await _until_job_is(monitor, "concluded")
+        took_ms = (time.monotonic() - begun) * 1000
+        await monitor.execute("job-dismiss", {"id": "peer"})
+        return took_ms
+    finally:
+        await monitor.close()
+
+
+async def _until_job_is(monitor: Monitor, status: str) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            (job,) = await monitor.execute("query-jobs")
+            assert "error" not in job, job
+            if job["status"] == status:
+                return
+            await asyncio.sleep(0.001)
+
+
 def continuous(kit: GuestKit, scale: Scale, directory: Path, count: int) -> dict[str, Any]:
     """How old the newest point of a group becomes, and what that costs its guests."""
     with running_guests(kit, directory / "guests", count) as guests:
@@ -272,26 +336,27 @@ def latencies(guests: Sequence[LiveGuest], seconds: float) -> list[float]:
     ]
 
 
+@contextmanager
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
+        (Path(directory) / "guests").mkdir()
+        yield Path(directory)
+
+
 def measure(scale: Scale) -> dict[str, Any]:
     kit = GuestKit.get()
-    results: dict[str, Any] = {"machine": machine(), "freezes": []}
-    for count in scale.sizes:
-        with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
-            (Path(directory) / "guests").mkdir()
-            one = freezes(kit, scale, Path(directory), count)
-            results["freezes"].append(one)
-            print(json.dumps(one))
-    with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
-        (Path(directory) / "guests").mkdir()
-        results["increments"] = increments(kit, scale, Path(directory))
-        print(json.dumps(results["increments"]))
-    with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
-        results["virtnbdbackup"] = virtnbdbackup.measure(kit, scale.rounds, Path(directory))
-        print(json.dumps(results["virtnbdbackup"]))
-    with tempfile.TemporaryDirectory(prefix="flushpoint-", dir="/dev/shm") as directory:
-        (Path(directory) / "guests").mkdir()
-        results["continuous"] = continuous(kit, scale, Path(directory), min(4, max(scale.sizes)))
-        print(json.dumps(results["continuous"]))
+    parts: dict[str, Callable[[Path], Any]] = {
+        **{f"freezes_{n}": partial(freezes, kit, scale, count=n) for n in scale.sizes},
+        "increments": partial(increments, kit, scale),
+        "virtnbdbackup": partial(virtnbdbackup.measure, kit, scale.rounds),
+        "pivots": partial(pivots, kit, scale),
+        "continuous": partial(continuous, kit, scale, count=min(4, max(scale.sizes))),
+    }
+    results: dict[str, Any] = {"machine": machine()}
+    for name, part in parts.items():
+        with place() as directory:
+            results[name] = part(directory)
+        print(name, json.dumps(results[name]), flush=True)
     return results
 
 

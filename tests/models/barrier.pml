@@ -211,7 +211,8 @@ inline stand_still() {
     assert(ready == ALL || (IMPATIENT & me))
 }
 
-/* The last answer of the cut, and the event stream up to it. */
+/* What is asked right before the guest is let run, and the event stream up to it. Its views were taken before it arrived,
+   and hold what it held then for as long as it stands still. */
 inline end_cut() {
     well_cut = well_cut | (still & me);
     still = still & ~me;

@@ -161,12 +161,12 @@ class Machine:
         frozen = await self.vm.freeze(left_s, partial(wait, Moment.STOP))
         try:
             pass_point("between-stop-and-frozen")
-            cut_at = time.time()
             # Before any other may go on: as long as all stand still, nobody takes the processors from those who cut.
             await self.vm.take(frozen, parts)
             async with asyncio.timeout(max(0.0, frozen.ends_at - time.monotonic())):
                 await self._wait_to_go(epoch, barrier, feed)
             pass_point("between-go-and-cut")
+            cut_at = time.time()  # all stand still, and its disks hold what they held at its stop
             stood_s, has_run = await self.vm.go_on(frozen, partial(wait, Moment.GONE_ON))
         except BaseException:
             await self.vm.thaw(frozen)
