@@ -18,11 +18,16 @@ from workers.agent.sockets import Sockets
 GONE_ON = Standing(phase=Phase.FREEZING, key=GoKey.OPEN, why="", left_ms=1000)
 
 
+async def _nothing() -> None:
+    pass
+
+
 class Told(Machine):
     """Tells what it does, and cuts when it is let."""
 
     def __init__(self) -> None:
-        super().__init__("db", SimpleNamespace(turn=asyncio.Lock()), Path(), Sockets(()))  # type: ignore[arg-type]
+        vm = SimpleNamespace(turn=asyncio.Lock(), arm=_nothing, disarm=_nothing)
+        super().__init__("db", vm, Path(), Sockets(()))  # type: ignore[arg-type]
         self.did: list[str] = []
         self.may_cut = asyncio.Event()
 
