@@ -247,7 +247,8 @@ def pivots(kit: GuestKit, scale: Scale, directory: Path) -> dict[str, Any]:
     ):
         client, guest = deployment.stack.client, guests[0]
         spec = client.group("shop").spec
-        ours, theirs, took = [], [], []
+        ours: list[float] = []
+        theirs, took = [], []
         for number in range(scale.pivots):
             mirror = MirrorSpec(targets={spec.disks[0]: str(directory / f"ours-{number}.raw")})
             client.apply_group("shop", spec.model_copy(update={"mirror": mirror}))
