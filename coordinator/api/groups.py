@@ -97,6 +97,8 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
             known = ledger.group(name)
             if known.round is not None:
                 raise RefusedError(f"group {name!r} is at work on a recovery point", "wait for its end")
+            if known.completing is not None:
+                raise RefusedError(f"group {name!r} is completing", "wait for that, or cancel it")
             version = known.version
         except UnreadableGroupError as error:
             version = error.version

@@ -164,6 +164,8 @@ class EpochSpec(BaseModel):
     parents: Mapping[str, int] = Field(default_factory=dict)
     """By VM/DISK, the recovery point that the disk's copy will add to: frozen bitmaps of later epochs are part of what
     is dirty. Not there: none."""
+    targets: Mapping[str, str] = Field(default_factory=dict)
+    """By VM/DISK, where movers will write it: a guest that runs on that takes no part."""
     pivots: Mapping[str, str] = Field(default_factory=dict)
     """By VM/DISK, the URI of the target that the guest goes on with, which holds the disk as of its parent. All disks
     or none: with none this is an epoch like any other."""

@@ -324,6 +324,8 @@ class GroupRecord(BaseModel):
     """How the last one ended that was asked for."""
     completed: bool = False
     """No round is begun any more."""
+    live: tuple[str, ...] = ()
+    """Targets that its guests went on with at their last pivot."""
     rpo_missed: bool = False
     """What the last of RPO_MISSED and RPO_RECOVERED said."""
     pruned: int = 0
@@ -345,7 +347,13 @@ def changed(group: GroupRecord, **changes: Any) -> GroupRecord:
 
 
 def respecified(group: GroupRecord, spec: GroupSpec) -> GroupRecord:
-    """The group with another spec, and what that takes out of it."""
+    """The group with another spec, and what that takes out of it. RefusedError while its guests may be moving, and for
+    targets that they run on."""
+    if group.completing is not None and spec != group.spec:
+        raise RefusedError(f"group {group.name!r} is completing", "wait for that, or cancel it")
+    new = set(spec.mirror.targets.values()) if spec.mirror is not None else set()
+    if spec != group.spec and (live := sorted(new.intersection(group.live))):
+        raise RefusedError(f"a guest of group {group.name!r} runs on {live[0]}", "name another target")
     stay = {(m.host, m.qmp, disk) for m in spec.members for disk in m.disks}
     leaving = []
     for member in (*group.leaving, *group.spec.members):
@@ -390,6 +398,8 @@ def _told_not_to_complete(group: GroupRecord, completing: Completing) -> GroupRe
     at_work = group.round
     if completing.went or (at_work is not None and at_work.pivot_s and at_work.stage is Stage.PUBLISHING):
         raise RefusedError(f"machines of group {group.name!r} run on their targets already", "let it move the others")
+    if at_work is not None and at_work.pivot_s:  # some may have moved: its end tells whether that was in time
+        return changed(group, cancelled=at_work.id)
     ended = Completion(id=completing.id, done=False, why="cancelled by its user")
     cancelled = at_work.id if at_work is not None else group.cancelled
     return changed(group, completing=None, completion=ended, cancelled=cancelled)

@@ -91,18 +91,21 @@ def begun(mirrors: Mirrors, targets: Mapping[str, str], number: int) -> dict[str
     }
 
 
-def written(mirrors: Mirrors, disks: Iterable[str]) -> dict[str, MirrorState]:
-    """Jobs have written to the targets of these disks, or may have."""
-    return {
-        **mirrors,
-        **{disk: mirrors[disk].model_copy(update={"is_ours": True}) for disk in disks if disk in mirrors},
-    }
+def written(mirrors: Mirrors, targets: Mapping[str, str]) -> dict[str, MirrorState]:
+    """Jobs have written to these targets, or may have."""
+    return _updated(mirrors, targets, {"is_ours": True})
 
 
-def decided(mirrors: Mirrors, disks: Iterable[str], number: int) -> dict[str, MirrorState]:
+def decided(mirrors: Mirrors, targets: Mapping[str, str], number: int) -> dict[str, MirrorState]:
     """All of point `number` is there, and decided."""
-    changes = {"epoch": number, "begun": 0, "is_ours": True}
-    return {**mirrors, **{disk: mirrors[disk].model_copy(update=changes) for disk in disks if disk in mirrors}}
+    return _updated(mirrors, targets, {"epoch": number, "begun": 0, "is_ours": True})
+
+
+def _updated(mirrors: Mirrors, targets: Mapping[str, str], changes: Mapping[str, object]) -> dict[str, MirrorState]:
+    """Where disks still go to these targets."""
+    known = ((disk, mirrors[disk]) for disk in targets if disk in mirrors)
+    ours = {disk: state.model_copy(update=changes) for disk, state in known if state.target == targets[disk]}
+    return {**mirrors, **ours}
 
 
 def is_synced(mirrors: Mirrors) -> bool:

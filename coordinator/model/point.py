@@ -42,6 +42,10 @@ class SeedMember(Member):
     """The first bytes, as they were at the cut. What follows reads as zeroes, or as it was when it was written last."""
 
 
+PIVOT = "pivot"
+"""The `sync` of a disk whose guest went on with its target."""
+
+
 class MirroredDisk(BaseModel):
     """One disk of an epoch that went to a target of its own and not to the repository, which has the decision alone.
     Sizes in bytes."""

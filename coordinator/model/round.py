@@ -32,7 +32,7 @@ from coordinator.model.group_jobs import astray, failure, put_away, succeeded
 from coordinator.model.job import JobRecord, JobSpec, State, Sync
 from coordinator.model.mirror import decided as decided_mirrors
 from coordinator.model.mirror import state_of, written
-from coordinator.model.point import Decision, MachineCut, Member, MirroredDisk, SeedMember
+from coordinator.model.point import PIVOT, Decision, MachineCut, Member, MirroredDisk, SeedMember
 from coordinator.model.repository_uri import parse_repository
 from coordinator.model.schedule import LONGEST_PAUSE_S, due_at, misses_rpo, prune_is_due
 from coordinator.model.targets import apply, apply_jobs, marked, target_events
@@ -138,7 +138,7 @@ def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
     if (completing := group.completing) is not None:
         ends = not completing.pivots and group.published > 0 and not group.seeding
         leaving = (*group.leaving, *group.spec.members) if ends else group.leaving
-        pivot_s = completing.downtime_s if completing.is_ripe else 0.0
+        pivot_s = completing.downtime_s if completing.is_ripe and group.spec.written_targets else 0.0
         begun = begun.model_copy(update={"completes": ends or pivot_s > 0, "leaving": leaving, "pivot_s": pivot_s})
     return Keep("begins a round", changed(group, round=begun, requests=()))
 
@@ -208,6 +208,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         seeded=at_work.seeded,
         slice_bytes=policy.seed_slice,
         pivots=at_work.spec.written_targets if at_work.pivot_s else {},
+        targets=at_work.spec.written_targets if not at_work.pivot_s else {},
     )
     return Begin(spec, at_work.number - 1)
 
@@ -359,7 +360,9 @@ def _published(group: GroupRecord, at_work: Round, seen: Seen, decided: DecidedE
         outcomes = outcomes[:-1] if outcomes and outcomes[-1].is_step else outcomes
         sentence = f"has copied a further part, as {group.name}@{at_work.number}"
     if at_work.spec.written_targets:
-        changes["mirrors"] = decided_mirrors(group.mirrors, decided.disks, at_work.number)
+        targets = at_work.spec.written_targets
+        whole = {disk: target for disk, target in targets.items() if disk in decided.disks}
+        changes["mirrors"] = written(decided_mirrors(group.mirrors, whole, at_work.number), targets)
     kept = changed(group, outcomes=(*outcomes, outcome)[-OUTCOMES_KEPT:], **changes)
     return _completed(Keep(sentence, kept, target_events(before, kept)), at_work, seen, decided, now)
 
@@ -382,16 +385,18 @@ def _completed(published: Keep, at_work: Round, seen: Seen, decided: DecidedEpoc
         downtimes_ms={vm: round(cut.freeze_ms, 3) for vm, cut in cuts.items()} if at_work.pivot_s else {},
     )
     told = {"group": group.name, **completion.model_dump(include={"point", "pivoted", "downtimes_ms"})}
-    ended = changed(group, completing=None, completion=completion, completed=True)
+    live = tuple(at_work.spec.written_targets.values()) if at_work.pivot_s else group.live
+    ended = changed(group, completing=None, completion=completion, completed=True, live=live)
     return replace(published, group=ended, events=(*published.events, (EventName.GROUP_COMPLETED, told)))
 
 
 def _not_completed(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> GroupRecord:
     completing = group.completing
-    if completing is None or group.cancelled == at_work.id:
+    if completing is None:
         return group
     went = at_work.pivot_s > 0 and _touched(group, at_work) != () and _may_have_gone(at_work, seen)
-    again = after_failure(completing, now, went=went)
+    is_cancelled = group.cancelled == at_work.id and not went and not completing.went
+    again = after_failure(completing, now, went=went) if not is_cancelled else None
     failed = Completion(id=completing.id, done=False, why=at_work.why) if again is None else group.completion
     return changed(group, completing=again, completion=failed)
 
@@ -421,13 +426,14 @@ def _jobs(at_work: Round) -> tuple[str, ...]:
     return (_opening_job(at_work), *_copies(at_work), _job(at_work, "publish"), _end_job(at_work))
 
 
-def _opened_targets(group: GroupRecord, at_work: Round, seen: Seen) -> list[str]:
-    """Disks whose targets were found fit to be written, so that some of it may have been."""
-    touched = {mirror.disk for mirror in _touched(group, at_work)}
+def _opened_targets(group: GroupRecord, at_work: Round, seen: Seen) -> dict[str, str]:
+    """By VM/DISK, those that were found fit to be written, so that some of it may have been."""
+    touched = {mirror.disk: mirror.target for mirror in _touched(group, at_work)}
     if at_work.pivot_s:
-        return list(touched)
-    jobs = zip(at_work.spec.disks, _copies(at_work), strict=True)
-    return [disk for disk, job_id in jobs if disk in touched and job_id in seen.jobs and seen.jobs[job_id].disk_size]
+        return touched
+    jobs = dict(zip(at_work.spec.disks, _copies(at_work), strict=True))
+    opened = {disk for disk, job_id in jobs.items() if job_id in seen.jobs and seen.jobs[job_id].disk_size}
+    return {disk: target for disk, target in touched.items() if disk in opened}
 
 
 def _touched(group: GroupRecord, at_work: Round) -> tuple[MirroredDisk, ...]:
@@ -553,7 +559,7 @@ def _mirrored(at_work: Round, epoch: Epoch, jobs: Mapping[str, JobRecord]) -> tu
 def _pivoted(at_work: Round) -> tuple[MirroredDisk, ...]:
     return tuple(
         MirroredDisk(
-            disk=disk, target=target, size=at_work.sizes[disk], sync="pivot", parent=at_work.parents.get(disk, 0)
+            disk=disk, target=target, size=at_work.sizes[disk], sync=PIVOT, parent=at_work.parents.get(disk, 0)
         )
         for disk, target in at_work.spec.written_targets.items()
     )

@@ -15,6 +15,9 @@ from coordinator.model.mirror import Applying, begun, decided, is_synced, state_
 from coordinator.model.repository_uri import parse_repository
 from coordinator.model.schedule import LONGEST_PAUSE_S
 
+COMPARED = 2
+"""Failures in a row after which a target is written anew, whatever it holds."""
+
 
 def apply(group: GroupRecord, seen: Seen, apply_id: str, now: float) -> Action | None:
     """Bring the newest point to the targets, where it went to the repository first: beside all rounds, so that a target
@@ -46,7 +49,7 @@ def apply(group: GroupRecord, seen: Seen, apply_id: str, now: float) -> Action |
         return None
     after = put_away(changed(group, applying=None), found)
     if failed := [f"{disk}: {failure(job)}" for disk, job in jobs.items() if job and not succeeded(job)]:
-        opened = [disk for disk, job in jobs.items() if job is not None and job.disk_size]
+        opened = {disk: at_work.targets[disk] for disk, job in jobs.items() if job is not None and job.disk_size}
         again = {
             "apply_failures": group.apply_failures + 1,
             "apply_at": now + min(2.0**group.apply_failures, LONGEST_PAUSE_S),
@@ -67,12 +70,13 @@ def _apply_spec(group: GroupRecord, applying: Applying, disk: str) -> JobSpec:
     uri = parse_repository(group.spec.repository).repository
     state = state_of(group.mirrors, disk, applying.targets[disk])
     since = applying.since.get(disk, 0)
+    compares = state.is_ours and group.apply_failures <= COMPARED  # it may have another size now
     return JobSpec(
         source=str(replace(uri, group=group.name, disk=disk, point=applying.point, since=since)),
         target=state.target,
-        sync=Sync.TOP if since else Sync.INCREMENTAL if state.is_ours else Sync.FULL,
+        sync=Sync.TOP if since else Sync.INCREMENTAL if compares else Sync.FULL,
         adds=since > 0,
-        overwrite=group.spec.mirror is not None and group.spec.mirror.overwrite,
+        overwrite=state.is_ours or (group.spec.mirror is not None and group.spec.mirror.overwrite),
         of_group=group.name,
     )
 

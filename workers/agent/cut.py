@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ from workers.agent.views import View, inserting
 
 MIRROR = f"{OURS}pivot-"
 """How ids of jobs begin for which a running guest's writes may have to wait."""
+_answers = ThreadPoolExecutor(64, thread_name_prefix="guard")
+"""Threads that wait for a guard: others may wait for disks, and guests stand still meanwhile."""
 _RAN = frozenset({"RESUME", "WAKEUP"})
 
 
@@ -95,7 +98,7 @@ class Vm:
         self, running: bool, ends_at: float, together: Callable[[], Awaitable[object]], cancel: Sequence[str]
     ) -> Frozen:
         """As it is then: what did not run when it was armed is not stopped, though its user may have continued it."""
-        answering: list[asyncio.Task[None]] = []
+        answering: list[asyncio.Future[None]] = []
         if running:
             left_s = ends_at - time.monotonic()
             try:
@@ -103,7 +106,7 @@ class Vm:
             except FlushpointError:
                 await self.disarm()
                 raise
-            answering.append(asyncio.create_task(asyncio.to_thread(answered)))
+            answering.append(asyncio.get_running_loop().run_in_executor(_answers, answered))
         self._armed = None
         frozen = Frozen(self.monitor.heard, running, time.monotonic(), ends_at)
         stop: list[Command] = [("stop", {})] if running else []
@@ -234,6 +237,12 @@ async def let_run(journal: Journal) -> list[str]:
 def _refuse_changed(blocks: Sequence[Mapping[str, Any]], parts: Sequence[Part]) -> None:
     """RefusedError if bitmaps were not what they had been when the rotation was decided: who has disabled one since has
     hidden writes from it. `blocks` as query-block told before the rotation."""
+    attached = {(block.get("inserted") or {}).get("node-name") for block in blocks}
+    for part in parts:
+        if part.view.disk.node not in attached:
+            raise RefusedError(
+                f"somebody has attached {part.view.disk.device} to another image just now", "the next epoch takes it so"
+            )
     for block in blocks:
         inserted = block.get("inserted") or {}
         now = {bitmap.get("name"): bool(bitmap["recording"]) for bitmap in inserted.get("dirty-bitmaps", ())}

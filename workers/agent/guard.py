@@ -210,7 +210,12 @@ class Guard:
     def _thaw_all_of(self, agent: socket.socket) -> None:
         """Its connection has ended. If it has too, nobody could stop one of them again, and nobody else reads what QEMU
         says; else it goes on speaking on its monitors, and nobody else may read there."""
-        is_gone = _has_ended(self._agents.pop(agent))
+        process = self._agents.pop(agent)
+        if not any(freeze.agent == agent.fileno() for freeze in self._freezes.values()):
+            if process >= 0:
+                os.close(process)
+            return
+        is_gone = _has_ended(process)
         for key, freeze in list(self._freezes.items()):
             if freeze.agent != agent.fileno():
                 continue

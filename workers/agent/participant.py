@@ -20,12 +20,13 @@ from functools import partial
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.bitmap import Owner, rotate
 from coordinator.model.epoch import Consistency, CutFacts, DiskView, Epoch, GoKey, Phase, Standing, ViewKind
-from coordinator.model.errors import FlushpointError, UnavailableError
+from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from workers.agent.cut import Part, Vm
 from workers.agent.feed import Feed
 from workers.agent.files import FileSystems
 from workers.agent.guest import look_at
 from workers.agent.guest_agent import ANSWER_S
+from workers.agent.moves import target_node
 from workers.agent.muster import Moment, Muster
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
@@ -92,6 +93,8 @@ class Machine:
         spec, left = epoch.spec, self._room.left()
         for name in epoch.participant(self.name).disks:
             disk = guest.disk(name)
+            if (target := spec.targets.get(f"{self.name}/{name}")) and disk.node == target_node(target):
+                raise RefusedError(f"the guest runs on {target}, which would be written", "name another target")
             parent = spec.parent(self.name, name)
             owner = Owner(spec.repository, epoch.group, f"{self.name}/{name}")
             resized = spec.sizes.get(owner.disk, disk.size) != disk.size

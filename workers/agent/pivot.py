@@ -132,6 +132,8 @@ class PivotingMachine:
         owner = Owner(spec.repository, epoch.group, f"{self.name}/{disk.device}")
         rotation = rotate(disk.tracking(), owner, spec.parent(self.name, disk.device), epoch.number)
         why = rotation.compare
+        if spec.sizes.get(owner.disk, disk.size) != disk.size:
+            why = "the disk has changed its size"
         if spec.seeded.get(owner.disk, disk.size) < disk.size:
             why = "not all of it was copied yet"
         if why:

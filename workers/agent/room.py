@@ -37,10 +37,11 @@ class Room:
 
     def slice(self, limit: int, sharers: int) -> int:
         """How many bytes of a disk one of `sharers` may copy there now, at most `limit` (0: any number). Half of the
-        room is for what guests write meanwhile."""
+        room is for what guests write meanwhile. A multiple of what images are written in: of a part of it, the next
+        slice would overwrite with zeroes what this one has copied."""
         share = self.left() // (2 * sharers)
-        most = max(_SLICE_UNIT, share - share % _SLICE_UNIT)
-        return min(limit, most) if limit else most
+        most = min(limit, share) if limit else share
+        return max(_SLICE_UNIT, most - most % _SLICE_UNIT)
 
     async def watch(self, views: Sequence[Path]) -> None:
         """Until there is not enough any more, or one of these scratch images takes too much: UnavailableError. Never

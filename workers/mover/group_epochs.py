@@ -7,11 +7,12 @@ again: a hold of the same owner is taken up, a decision that is there is found.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from coordinator.ledger.contract import Ledger
-from coordinator.model.point import Decision, SeedMember
+from coordinator.model.errors import RefusedError
+from coordinator.model.point import PIVOT, Decision, SeedMember
 from coordinator.model.repository_uri import parse_repository
 from coordinator.model.task import AbandonEpoch, DecidedEpoch, EpochTask, OpenedEpoch, OpenEpoch, PublishEpoch
 from workers.access import Access
@@ -63,7 +64,13 @@ def _open_mirrors(repository: Repository, task: OpenEpoch, owner: str, is_over: 
         for epoch in epochs
         if epoch.parent and (mirror := epoch.parent.mirror(epoch.disk, task.targets[epoch.disk]))
     }
-    sure = [epoch for epoch in epochs if not epoch.may_have_newer_parent]
+    for epoch in epochs:
+        _refuse_live(repository, epoch, task.targets[epoch.disk])
+    sure = [
+        epoch
+        for epoch in epochs
+        if not epoch.may_have_newer_parent and not _written_since(repository, epoch, task.targets[epoch.disk])
+    ]
     return OpenedEpoch(
         repository=repository.id,
         number=epochs[0].number,
@@ -72,6 +79,36 @@ def _open_mirrors(repository: Repository, task: OpenEpoch, owner: str, is_over: 
         sizes={disk: mirror.size for disk, mirror in held.items()},
         seeded={disk: mirror.seeded for disk, mirror in held.items() if mirror.seeded},
     )
+
+
+def _refuse_live(repository: Repository, epoch: Epoch, target: str) -> None:
+    """RefusedError for a target that a guest went on with, and has not left since, as far as the records tell."""
+    mirror = epoch.parent.mirror(epoch.disk, target) if epoch.parent else None
+    if mirror is None or mirror.sync != PIVOT:
+        return
+    for newer in _decided_after(repository, epoch):
+        if newer.is_point and any(one.disk == epoch.disk for one in newer.mirrors):
+            return
+    abandon(repository, epoch.group, epoch.number, f"a guest runs on {target}")
+    raise RefusedError(f"a guest of group {epoch.group!r} runs on {target}", "name another target")
+
+
+def _written_since(repository: Repository, epoch: Epoch, target: str) -> bool:
+    """Whether another disk may have been written to the target of this one after the point that it holds."""
+    decided = _decided_after(repository, epoch) if epoch.parent else ()
+    try:
+        return any(one.target == target and one.disk != epoch.disk for newer in decided for one in newer.mirrors)
+    except DamageError:  # nobody can tell
+        return True
+
+
+def _decided_after(repository: Repository, epoch: Epoch) -> Iterator[Decision]:
+    """After the disk's parent, points and tombstones. DamageError."""
+    after = epoch.parent.epoch if epoch.parent else 0
+    present = repository.decisions.group(epoch.group).present()
+    for _, reading in repository.decisions.read(epoch.group, [number for number in present if number > after]):
+        if (decision := reading.result()) is not None:
+            yield decision
 
 
 def _is_whole(repository: Repository, epoch: Epoch) -> bool:

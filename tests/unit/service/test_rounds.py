@@ -36,6 +36,7 @@ from coordinator.model.group import (
     GroupVerb,
     Round,
     Stage,
+    respecified,
     told,
     told_to_complete,
 )
@@ -760,6 +761,38 @@ def test_a_pivot_that_fails_again_and_again_is_given_up_and_the_group_goes_on(wo
     assert not ended(world).done
     assert "its disk hangs" in ended(world).why
     assert not world.group.completed
+
+
+def test_a_pivot_is_cancelled_before_it_is_decided_and_not_after(world: World) -> None:
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    until_pivoting(world, Phase.FREEZING)
+    put(world, **dict(told(world.group, GroupVerb.CANCEL)))
+    until_completed(world)
+    assert (ended(world).done, ended(world).why) == (False, "cancelled by its user")
+    world.ask()
+    world.settle()
+
+    put(world, **dict(told_to_complete(world.group, "again", pivots=True, downtime_s=60.0)))
+    until_pivoting(world, Phase.CUTTING)
+    put(world, **dict(told(world.group, GroupVerb.CANCEL)))
+    until_completed(world)
+    assert (ended(world).done, ended(world).id) == (True, "again"), "some may have moved, and so all do"
+
+
+def test_targets_that_guests_run_on_are_written_by_no_pass(world: World) -> None:
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    other = SPEC.model_copy(update={"mirror": MirrorSpec(targets={disk: f"/u{n}" for n, disk in enumerate(TARGETS)})})
+    with pytest.raises(RefusedError, match="is completing"):
+        respecified(world.group, other)
+    until_completed(world)
+    again = world.group.spec.model_copy(update={"policy": GroupPolicy(rpo=30.0)})
+    with pytest.raises(RefusedError, match="runs on /t/a"):
+        respecified(world.group, again)
+    assert not respecified(world.group, other).completed
+    with pytest.raises(RefusedError, match="runs on /t/a"):
+        respecified(respecified(world.group, other), again)
 
 
 def until_pivoting(world: World, phase: Phase) -> None:
