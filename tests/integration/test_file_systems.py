@@ -429,7 +429,8 @@ def test_an_epoch_or_an_agent_that_ends_while_file_systems_are_frozen_thaws_them
     assert time.monotonic() - begun < SLACK_S
     if end == "abort":
         assert bench.wait_for(Phase.ABORTED).why == "other: its disk hangs"
-    assert list(Journal(bench.host.journal).files.frozen()) == []
+    journal = Journal(bench.host.journal).files
+    wait_until(lambda: list(journal.frozen()) == [], "the journal to forget it", STEP_S)
 
 
 def test_file_systems_that_an_agent_freezes_after_its_deadline_are_thawed(bench: Bench) -> None:
