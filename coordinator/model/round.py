@@ -382,7 +382,11 @@ def _completed(published: Keep, at_work: Round, seen: Seen, decided: DecidedEpoc
         done=True,
         pivoted=at_work.pivot_s > 0,
         point=at_work.number,
-        downtimes_ms={vm: round(cut.freeze_ms, 3) for vm, cut in cuts.items()} if at_work.pivot_s else {},
+        downtimes_ms={
+            member.vm: round(cuts[member.vm].freeze_ms, 3)
+            for member in at_work.spec.members
+            if at_work.pivot_s and member.vm in cuts
+        },
     )
     told = {"group": group.name, **completion.model_dump(include={"point", "pivoted", "downtimes_ms"})}
     live = tuple(at_work.spec.written_targets.values()) if at_work.pivot_s else group.live
