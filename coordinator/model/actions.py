@@ -31,7 +31,7 @@ class Keep:
 
     sentence: str
     group: GroupRecord
-    events: tuple[tuple[EventName, Mapping[str, Any]], ...] = ()
+    events: Events = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ All or nothing: whatever one disk or one machine fails at ends the round, and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,21 +24,29 @@ from coordinator.model.actions import (
     Submit,
 )
 from coordinator.model.complete import Completion, after_failure, after_pass
-from coordinator.model.epoch import DiskCopy, Epoch, EpochSpec, GoKey, Phase
+from coordinator.model.epoch import EpochSpec, GoKey, Phase
 from coordinator.model.events import EventName
 from coordinator.model.group import OUTCOMES_KEPT, GroupRecord, Outcome, Round, Stage, changed
 from coordinator.model.group_jobs import astray, failure, put_away, succeeded
-from coordinator.model.job import JobRecord, JobSpec, State, Sync
+from coordinator.model.job import JobRecord, JobSpec, State
 from coordinator.model.mirror import decided as decided_mirrors
 from coordinator.model.mirror import state_of, written
-from coordinator.model.point import PIVOT, Decision, MachineCut, Member, MirroredDisk, SeedMember
-from coordinator.model.repository_uri import parse_repository
+from coordinator.model.point import MirroredDisk
+from coordinator.model.round_jobs import (
+    copy_jobs,
+    copy_specs,
+    end_job,
+    job_ids,
+    manifest_of,
+    opening_job,
+    owner_of,
+    publish_job,
+)
 from coordinator.model.schedule import LONGEST_PAUSE_S, due_at, misses_rpo, prune_is_due
 from coordinator.model.targets import apply, apply_jobs, marked, target_events
 from coordinator.model.task import (
     AbandonEpoch,
     DecidedEpoch,
-    EpochPart,
     OpenedEpoch,
     OpenEpoch,
     PublishEpoch,
@@ -55,7 +62,7 @@ def jobs_of(group: GroupRecord) -> tuple[str, ...]:
     """Every job that a round of the group may have, and those that it is done with."""
     others = (*group.done_with, *((group.prune_job,) if group.prune_job else ()))
     applying = apply_jobs(group.applying) if group.applying is not None else {}
-    return (*others, *applying.values(), *(_jobs(group.round) if group.round is not None else ()))
+    return (*others, *applying.values(), *(job_ids(group.round) if group.round is not None else ()))
 
 
 def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Action | None:
@@ -65,9 +72,9 @@ def next_action(group: GroupRecord, seen: Seen, round_id: str, now: float) -> Ac
     if group.done_with:
         found = [job for job_id in group.done_with if (job := seen.jobs.get(job_id)) is not None]
         there = tuple(job.id for job in found if job.state is State.CONCLUDED)
-        return (
-            Dismiss(there) if there else Keep("has put away the jobs of its last round", changed(group, done_with=()))
-        )
+        if there:
+            return Dismiss(there)
+        return Keep("has put away the jobs of its last round", changed(group, done_with=()))
     if (pruning := _prune(group, seen, now)) is not None:
         return pruning
     if (applying := apply(group, seen, round_id, now)) is not None:
@@ -89,11 +96,6 @@ def _is_due(group: GroupRecord, now: float) -> bool:
         return now >= group.completing.next_at
     due = due_at(group)
     return bool(group.requests) or (due is not None and now >= due)
-
-
-def owner_of(group: str, round_id: str) -> str:
-    """As the hold of its epoch names it."""
-    return f"group {group} round {round_id}"
 
 
 def _tell_rpo(group: GroupRecord, now: float) -> Keep | None:
@@ -130,7 +132,7 @@ def _prune(group: GroupRecord, seen: Seen, now: float) -> Action | None:
 
 
 def _steer(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Steer | None:
-    return astray(group, [job for copy in _copies(at_work) if (job := seen.jobs.get(copy)) is not None], now)
+    return astray(group, [job for copy in copy_jobs(at_work) if (job := seen.jobs.get(copy)) is not None], now)
 
 
 def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
@@ -144,7 +146,7 @@ def _begin(group: GroupRecord, round_id: str, now: float) -> Keep:
 
 
 def _opening(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
-    job_id = _opening_job(at_work)
+    job_id = opening_job(at_work)
     job = seen.jobs.get(job_id)
     if job is None:
         task = OpenEpoch(
@@ -229,10 +231,10 @@ def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
     if lost := _lost(at_work, seen):
         return _end(group, at_work, lost, now)
     assert seen.epoch is not None
-    copies = _copies(at_work)
+    copies = copy_jobs(at_work)
     missing = [job_id for job_id in copies if job_id not in seen.jobs]
     if missing:
-        specs = dict(zip(copies, _specs(group, at_work, seen.epoch), strict=True))
+        specs = dict(zip(copies, copy_specs(group, at_work, seen.epoch), strict=True))
         return Submit({job_id: specs[job_id] for job_id in missing})
     jobs = [seen.jobs[job_id] for job_id in copies]
     for disk, job in zip(at_work.spec.disks, jobs, strict=True):
@@ -244,7 +246,7 @@ def _copying(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Acti
 
 
 def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Action | None:
-    job_id, copies = _job(at_work, "publish"), _copies(at_work)
+    job_id, copies = publish_job(at_work), copy_jobs(at_work)
     job = seen.jobs.get(job_id)
     if job is None:
         if lost := _lost(at_work, seen):
@@ -257,7 +259,7 @@ def _publishing(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> A
         task = PublishEpoch(
             repository=at_work.spec.repository,
             owner=owner_of(group.name, at_work.id),
-            decision=_decision(group, at_work, seen, seen.epoch),
+            decision=manifest_of(group, at_work, seen, seen.epoch),
         )
         return Submit({job_id: JobSpec(task=task)})
     if job.state is not State.CONCLUDED:
@@ -277,12 +279,12 @@ def _ending(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Actio
     epoch = seen.epoch
     if epoch is not None and epoch.number >= at_work.number and not epoch.is_over:
         return GiveUp(epoch.number, at_work.why)
-    begun = [_opening_job(at_work), *_copies(at_work), _job(at_work, "publish")]
+    begun = [opening_job(at_work), *copy_jobs(at_work), publish_job(at_work)]
     going = [job for job_id in begun if (job := seen.jobs.get(job_id)) and job.state is not State.CONCLUDED]
     if going:
         cancelled = tuple(job.id for job in going if job.cancel_requested != "force")
         return Cancel(cancelled) if cancelled else None
-    job_id = _end_job(at_work)
+    job_id = end_job(at_work)
     job = seen.jobs.get(job_id)
     if job is None and at_work.number > 0:
         if now < at_work.end_at:
@@ -319,7 +321,7 @@ _STAGES = {
 
 def _over(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Keep:
     """Published by whichever job found its manifest."""
-    jobs = [seen.jobs.get(job_id) for job_id in (_job(at_work, "publish"), _end_job(at_work))]
+    jobs = [seen.jobs.get(job_id) for job_id in (publish_job(at_work), end_job(at_work))]
     decided = next((found for job in jobs if job is not None and (found := _decided(job)) and found.is_point), None)
     if decided is not None:
         return _published(group, at_work, seen, decided, now)
@@ -423,11 +425,7 @@ def _outcome(at_work: Round, now: float) -> Outcome:
 
 
 def _rounds_own(at_work: Round, seen: Seen) -> list[JobRecord]:
-    return [job for job_id in _jobs(at_work) if (job := seen.jobs.get(job_id)) is not None]
-
-
-def _jobs(at_work: Round) -> tuple[str, ...]:
-    return (_opening_job(at_work), *_copies(at_work), _job(at_work, "publish"), _end_job(at_work))
+    return [job for job_id in job_ids(at_work) if (job := seen.jobs.get(job_id)) is not None]
 
 
 def _opened_targets(group: GroupRecord, at_work: Round, seen: Seen) -> dict[str, str]:
@@ -435,7 +433,7 @@ def _opened_targets(group: GroupRecord, at_work: Round, seen: Seen) -> dict[str,
     touched = {mirror.disk: mirror.target for mirror in _touched(group, at_work)}
     if at_work.pivot_s:
         return touched
-    jobs = dict(zip(at_work.spec.disks, _copies(at_work), strict=True))
+    jobs = dict(zip(at_work.spec.disks, copy_jobs(at_work), strict=True))
     opened = {disk for disk, job_id in jobs.items() if job_id in seen.jobs and seen.jobs[job_id].disk_size}
     return {disk: target for disk, target in touched.items() if disk in opened}
 
@@ -468,134 +466,6 @@ def _retire(at_work: Round, seen: Seen) -> Retire | None:
     bitmaps go with the next one."""
     is_ours = seen.epoch is not None and seen.epoch.number == at_work.number
     return Retire(at_work.number) if is_ours and seen.epoch and seen.epoch.phase is Phase.READABLE else None
-
-
-def _specs(group: GroupRecord, at_work: Round, epoch: Epoch) -> list[JobSpec]:
-    """One a disk, in their order."""
-    uri = parse_repository(at_work.spec.repository).repository
-    specs = []
-    for member in at_work.spec.members:
-        copies = {copy.disk: copy for copy in epoch.reads[member.vm].copies}
-        for name in member.disks:
-            copy, disk = copies[name], f"{member.vm}/{name}"
-            spec = JobSpec(
-                source=copy.uri or copy.path,
-                target=str(replace(uri, group=group.name, disk=disk)),
-                sync=Sync.TOP if copy.since else Sync.FULL,
-                source_frozen=True,
-                auto_finalize=False,
-            )
-            if (mirror := at_work.spec.mirror) is not None and not mirror.staged:
-                target = mirror.targets[disk]
-                may = mirror.overwrite or state_of(group.mirrors, disk, target).is_ours
-                to = {"target": target, "adds": copy.since > 0, "overwrite": may, "of_group": group.name}
-                specs.append(spec.model_copy(update=to))
-            else:
-                specs.append(spec.model_copy(update={"part": _part(group, at_work, epoch, disk, copy)}))
-    return specs
-
-
-def _part(group: GroupRecord, at_work: Round, epoch: Epoch, disk: str, copy: DiskCopy) -> EpochPart:
-    return EpochPart(
-        number=at_work.number,
-        owner=owner_of(group.name, at_work.id),
-        pins=at_work.pins,
-        parent=at_work.parents.get(disk, 0),
-        since=copy.since,
-        reason=copy.reason,
-        cut_at=_cut_at(epoch),
-        seeded=copy.seeded,
-    )
-
-
-def _decision(group: GroupRecord, at_work: Round, seen: Seen, epoch: Epoch) -> Decision:
-    cuts = epoch.cuts
-    machines = [
-        MachineCut(
-            vm=member.vm,
-            cut_at=cuts[member.vm].cut_at,
-            freeze_ms=round(cuts[member.vm].freeze_ms, 3),
-            filesystem_consistent=cuts[member.vm].filesystem_consistent,
-            fallback=cuts[member.vm].fallback,
-        )
-        for member in at_work.spec.members
-    ]
-    is_quiet = all(machine.filesystem_consistent for machine in machines)
-    copies = _copies(at_work)
-    jobs = {disk: seen.jobs[job_id] for disk, job_id in zip(at_work.spec.disks, copies, strict=True)} if copies else {}
-    parts = {disk for disk, copy in _disk_copies(at_work, epoch).items() if copy.seeded}
-    stored = {} if at_work.spec.written_targets else jobs
-    whole = set(at_work.spec.disks) - parts
-    return Decision(
-        decision="manifest",
-        repository=at_work.repository,
-        group=group.name,
-        epoch=at_work.number,
-        job=owner_of(group.name, at_work.id),
-        cut_at=_cut_at(epoch),
-        consistency=("filesystem" if is_quiet else "crash") if whole else "",
-        members=tuple(Member.model_validate_json(job.result) for disk, job in stored.items() if disk not in parts),
-        seeding=tuple(SeedMember.model_validate_json(job.result) for disk, job in stored.items() if disk in parts),
-        mirrors=_mirrored(at_work, epoch, jobs) if jobs else _pivoted(at_work),
-        machines=tuple(machines),
-        spec=at_work.spec.model_dump(mode="json", exclude_defaults=True),
-    )
-
-
-def _mirrored(at_work: Round, epoch: Epoch, jobs: Mapping[str, JobRecord]) -> tuple[MirroredDisk, ...]:
-    copies = _disk_copies(at_work, epoch)
-    return tuple(
-        MirroredDisk(
-            disk=disk,
-            target=target,
-            size=copies[disk].size,
-            seeded=copies[disk].seeded,
-            sync=str(Sync.INCREMENTAL if copies[disk].since else Sync.FULL),
-            reason=copies[disk].reason,
-            parent=at_work.parents.get(disk, 0),
-            bytes_read=jobs[disk].bytes_read,
-            bytes_sent=jobs[disk].bytes_sent,
-        )
-        for disk, target in at_work.spec.written_targets.items()
-    )
-
-
-def _pivoted(at_work: Round) -> tuple[MirroredDisk, ...]:
-    return tuple(
-        MirroredDisk(
-            disk=disk, target=target, size=at_work.sizes[disk], sync=PIVOT, parent=at_work.parents.get(disk, 0)
-        )
-        for disk, target in at_work.spec.written_targets.items()
-    )
-
-
-def _disk_copies(at_work: Round, epoch: Epoch) -> dict[str, DiskCopy]:
-    """By VM/DISK."""
-    reads = ((member.vm, copy) for member in at_work.spec.members for copy in epoch.reads[member.vm].copies)
-    return {f"{vm}/{copy.disk}": copy for vm, copy in reads}
-
-
-def _cut_at(epoch: Epoch) -> float:
-    """Of the point: the earliest of its machines', so that no age of it is understated; 0 if none was cut."""
-    return min((cut.cut_at for cut in epoch.cuts.values()), default=0.0)
-
-
-def _job(at_work: Round, what: str) -> str:
-    """With the epoch's number: a ledger that has lost writes may find the round announcing another one."""
-    return f"{at_work.id}-{at_work.number}-{what}"
-
-
-def _end_job(at_work: Round) -> str:
-    return _job(at_work, f"end-{at_work.ends}" if at_work.ends else "end")
-
-
-def _opening_job(at_work: Round) -> str:
-    return f"{at_work.id}-open"
-
-
-def _copies(at_work: Round) -> list[str]:
-    """None of a pivot: its machines copy."""
-    return [_job(at_work, str(number)) for number, _ in enumerate(at_work.spec.disks)] if not at_work.pivot_s else []
 
 
 def _decided(job: JobRecord) -> DecidedEpoch | None:

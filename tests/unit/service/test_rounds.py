@@ -43,7 +43,7 @@ from coordinator.model.group import (
 from coordinator.model.job import JobRecord, JobSpec, State, Sync, Verb
 from coordinator.model.mirror import MirrorSpec
 from coordinator.model.point import Decision, Member, Retention, SeedMember
-from coordinator.model.round import owner_of
+from coordinator.model.round_jobs import owner_of
 from coordinator.model.step import VerbArguments, apply_verb
 from coordinator.model.task import (
     AbandonEpoch,
