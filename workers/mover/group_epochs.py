@@ -7,7 +7,7 @@ again: a hold of the same owner is taken up, a decision that is there is found.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from coordinator.ledger.contract import Ledger
@@ -64,13 +64,15 @@ def _open_mirrors(repository: Repository, task: OpenEpoch, owner: str, is_over: 
         for epoch in epochs
         if epoch.parent and (mirror := epoch.parent.mirror(epoch.disk, task.targets[epoch.disk]))
     }
-    for epoch in epochs:
-        _refuse_live(repository, epoch, task.targets[epoch.disk])
-    sure = [
-        epoch
-        for epoch in epochs
-        if not epoch.may_have_newer_parent and not _written_since(repository, epoch, task.targets[epoch.disk])
-    ]
+    sure = [epoch for epoch in epochs if epoch.parent and not epoch.may_have_newer_parent]
+    oldest = min((epoch.parent.epoch for epoch in sure if epoch.parent), default=0)
+    decided = _decided_after(repository, task.group, oldest) if sure else []
+    for epoch in sure:
+        if _runs_on(epoch, task.targets[epoch.disk], decided):
+            why = f"a guest of group {task.group!r} runs on {task.targets[epoch.disk]}"
+            abandon(repository, task.group, epoch.number, why)
+            raise RefusedError(why, "name another target")
+    sure = [epoch for epoch in sure if not _is_overwritten(epoch, task.targets[epoch.disk], decided)]
     return OpenedEpoch(
         repository=repository.id,
         number=epochs[0].number,
@@ -81,34 +83,33 @@ def _open_mirrors(repository: Repository, task: OpenEpoch, owner: str, is_over: 
     )
 
 
-def _refuse_live(repository: Repository, epoch: Epoch, target: str) -> None:
-    """RefusedError for a target that a guest went on with, and has not left since, as far as the records tell."""
+def _decided_after(repository: Repository, group: str, number: int) -> list[Decision]:
+    """Points and tombstones, oldest first. DamageError."""
+    later = [epoch for epoch in repository.decisions.group(group).present() if epoch > number]
+    found = (reading.result() for _, reading in repository.decisions.read(group, later))
+    return [decision for decision in found if decision is not None]
+
+
+def _runs_on(epoch: Epoch, target: str, decided: Iterable[Decision]) -> bool:
+    """Whether the disk's guest went on with the target, and has not left it since, as far as the records tell."""
     mirror = epoch.parent.mirror(epoch.disk, target) if epoch.parent else None
     if mirror is None or mirror.sync != PIVOT:
-        return
-    for newer in _decided_after(repository, epoch):
-        if newer.is_point and any(one.disk == epoch.disk for one in newer.mirrors):
-            return
-    abandon(repository, epoch.group, epoch.number, f"a guest runs on {target}")
-    raise RefusedError(f"a guest of group {epoch.group!r} runs on {target}", "name another target")
+        return False
+    return not any(newer.is_point and _names(newer, epoch.disk) for newer in _after_parent(epoch, decided))
 
 
-def _written_since(repository: Repository, epoch: Epoch, target: str) -> bool:
+def _is_overwritten(epoch: Epoch, target: str, decided: Iterable[Decision]) -> bool:
     """Whether another disk may have been written to the target of this one after the point that it holds."""
-    decided = _decided_after(repository, epoch) if epoch.parent else ()
-    try:
-        return any(one.target == target and one.disk != epoch.disk for newer in decided for one in newer.mirrors)
-    except DamageError:  # nobody can tell
-        return True
+    later = _after_parent(epoch, decided)
+    return any(one.target == target and one.disk != epoch.disk for newer in later for one in newer.mirrors)
 
 
-def _decided_after(repository: Repository, epoch: Epoch) -> Iterator[Decision]:
-    """After the disk's parent, points and tombstones. DamageError."""
-    after = epoch.parent.epoch if epoch.parent else 0
-    present = repository.decisions.group(epoch.group).present()
-    for _, reading in repository.decisions.read(epoch.group, [number for number in present if number > after]):
-        if (decision := reading.result()) is not None:
-            yield decision
+def _after_parent(epoch: Epoch, decided: Iterable[Decision]) -> Iterator[Decision]:
+    return (newer for newer in decided if epoch.parent is not None and newer.epoch > epoch.parent.epoch)
+
+
+def _names(decision: Decision, disk: str) -> bool:
+    return any(one.disk == disk for one in decision.mirrors)
 
 
 def _is_whole(repository: Repository, epoch: Epoch) -> bool:
