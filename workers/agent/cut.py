@@ -106,7 +106,8 @@ class Vm:
             except FlushpointError:
                 await self.disarm()
                 raise
-            answering.append(asyncio.get_running_loop().run_in_executor(_answers, answered))
+            # Shielded: what is cancelled before it has begun would never let go of the connection.
+            answering.append(asyncio.shield(asyncio.get_running_loop().run_in_executor(_answers, answered)))
         self._armed = None
         frozen = Frozen(self.monitor.heard, running, time.monotonic(), ends_at)
         stop: list[Command] = [("stop", {})] if running else []

@@ -315,7 +315,8 @@ class GuardLink:
         even if this process ends now; one that hangs, which was there a moment ago (`check`), shows by its answer.
         UnavailableError: it has nothing, so the guest is not to be stopped."""
         message = {"do": "freeze", "guest": guest, "deadline_s": deadline_s, "cancel": list(cancel)}
-        self._turn.acquire()
+        if not self._turn.acquire(timeout=self.TIMEOUT_S):
+            raise UnavailableError(f"the guard at {self._path} has not answered what it was asked", "look at its log")
         try:
             self._say(message, [monitor])
         except BaseException:
