@@ -10,7 +10,7 @@ Nothing but `TRANSITIONS` and `transition_is_legal` decides which phase may foll
 
 Guests run while they prepare. When the last participant is PREPARED all may freeze, and the time for it runs. The last
 one FROZEN turns the go key to GO, unless that time is over; then it turns to ABORT. Participants act on its value
-alone, never on a clock of theirs. Each then cuts and thaws, and the epoch lives on if all are CUT. Each makes its views
+alone, never on a clock of theirs. Each then thaws, and the epoch lives on if all are CUT. Each makes its views
 READABLE for movers, which may take long; until it has, its views may break, and end the epoch.
 
 An epoch may **pivot**: its guests go on with other images, which passes before it have filled. Who is FROZEN has
@@ -39,7 +39,7 @@ class Phase(enum.StrEnum):
     FREEZING = "freezing"
     """All were PREPARED: guests may be stopped, until the deadline."""
     CUTTING = "cutting"
-    """All were FROZEN in time: the go key says GO, views are taken, guests go on."""
+    """All were FROZEN in time, with their views taken: the go key says GO, guests go on."""
     TAKEN = "taken"
     """All are CUT: the views are made readable."""
     READABLE = "readable"
@@ -65,9 +65,9 @@ OVER = frozenset(phase for phase, following in TRANSITIONS.items() if not follow
 class GoKey(enum.StrEnum):
     OPEN = "open"
     GO = "go"
-    """Cut and thaw; whatever becomes of the epoch, this is never taken back."""
+    """Thaw, and what was taken counts; whatever becomes of the epoch, this is never taken back."""
     ABORT = "abort"
-    """Thaw without a cut."""
+    """Thaw, and nothing counts."""
 
 
 class Arrival(enum.StrEnum):

@@ -1,4 +1,4 @@
-"""A machine's part in an epoch: prepare, freeze, cut or not, thaw, and tell the ledger of each (DESIGN §6).
+"""A machine's part in an epoch: prepare, freeze, take views, thaw, and tell the ledger of each (DESIGN §6).
 
 File systems are frozen first and thawed last, where that is asked for; whether it comes about is the label's business,
 and never the epoch's.
