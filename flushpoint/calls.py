@@ -30,6 +30,7 @@ from coordinator.model.point import PointRecord, RepositoryRecord
 from coordinator.model.view import CheckpointView, CompletionView, GroupView, JobView
 
 T = TypeVar("T")
+Ending = TypeVar("Ending", CheckpointView, CompletionView)
 
 POLL_S = 30.0
 """Length of one long poll: below the 60 s that the API grants and that proxies in between cut at."""
@@ -243,12 +244,7 @@ def ask_for_checkpoint(name: str, idempotency_key: str = "") -> Call[CheckpointV
 
 def checkpoint(name: str, request: str) -> Conversation[CheckpointView]:
     """What became of a checkpoint that was asked for, once it is over."""
-    path = f"{_group_path(name)}/checkpoints/{quote(request, safe='')}"
-    while True:
-        found: CheckpointView = yield _get(path, _CHECKPOINT, {"wait": f"{POLL_S:g}"}, POLL_S)
-        if found.is_over:
-            yield Item(found)
-            return
+    return _until_over(f"{_group_path(name)}/checkpoints/{quote(request, safe='')}", _CHECKPOINT)
 
 
 def ask_to_complete_group(
@@ -262,12 +258,7 @@ def ask_to_complete_group(
 
 def completion(name: str, request: str) -> Conversation[CompletionView]:
     """What became of it, once it is over."""
-    path = f"{_group_path(name)}/completions/{quote(request, safe='')}"
-    while True:
-        found: CompletionView = yield _get(path, _COMPLETION, {"wait": f"{POLL_S:g}"}, POLL_S)
-        if found.is_over:
-            yield Item(found)
-            return
+    return _until_over(f"{_group_path(name)}/completions/{quote(request, safe='')}", _COMPLETION)
 
 
 def events(*, after: str = "0", job: str = "", follow: bool = False) -> Conversation[Event]:
@@ -355,6 +346,14 @@ _KINDS: dict[str, type[FlushpointError]] = {
 
 def _job_path(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _until_over(path: str, read: Callable[[bytes], Ending]) -> Conversation[Ending]:
+    while True:
+        found: Ending = yield _get(path, read, {"wait": f"{POLL_S:g}"}, POLL_S)
+        if found.is_over:
+            yield Item(found)
+            return
 
 
 def _group_path(name: str) -> str:

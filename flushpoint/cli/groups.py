@@ -16,12 +16,11 @@ from coordinator.model.errors import FlushpointError, NotFoundError, Unavailable
 from coordinator.model.group import GroupFile, GroupSpec
 from coordinator.model.mirror import MirrorState
 from coordinator.model.view import CheckpointState, CheckpointView, GroupView
-from flushpoint.cli import output, session
+from flushpoint.cli import output, session, waiting
 
 if TYPE_CHECKING:
     from flushpoint.client import Client
 
-INTERRUPTED = 4
 _TIME_OF_DAY = re.compile(r"\d+:\d\d$")
 GroupArgument = Annotated[str, typer.Argument(metavar="GROUP", help="Name of a consistency group.")]
 
@@ -159,7 +158,7 @@ def _awaited(client: Client, asked: CheckpointView) -> CheckpointView:
         return client.checkpoint(asked.group, asked.id)
     except KeyboardInterrupt:
         output.say(f"the checkpoint goes on without you; {again}")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(waiting.INTERRUPTED) from None
     except UnavailableError as error:
         remedy = f"{error.remedy}; " if error.remedy else ""
         raise UnavailableError(error.message, f"{remedy}the checkpoint is not lost: {again}") from error

@@ -266,7 +266,8 @@ def boot_all(deployment: Deployment, kit: GuestKit, point: str, scripts: Mapping
     """Every machine of a point on the drives that `serve` tells, by the names of the machines; each may write."""
     command = Command(deployment)
     with command.started("serve", point, "--writable", deployment.directory / "trial") as serving:
-        uris = [serving.stdout.readline().strip() for _ in scripts]  # type: ignore[union-attr]
+        assert serving.stdout is not None
+        uris = [serving.stdout.readline().strip() for _ in scripts]
         assert len({uri.partition("?")[0] for uri in uris}) == len(scripts)
         for (vm, script), uri in zip(scripts.items(), uris, strict=True):
             assert f"/{vm}/" in uri
