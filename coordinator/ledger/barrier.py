@@ -39,8 +39,8 @@ class Barrier(Protocol):
     async def prepared(self, epoch: Epoch, vm: str) -> Standing:
         """`vm` is ready for its freeze, and runs. The last one begins the phase `freezing`."""
 
-    async def frozen(self, epoch: Epoch, vm: str) -> Standing:
-        """`vm` stands still. The last one turns the go key to GO, or to ABORT if the time was over.
+    async def frozen(self, epoch: Epoch, *vms: str) -> Standing:
+        """All of `vms` stand still. The last one turns the go key to GO, or to ABORT if the time was over.
         RefusedError while the epoch is preparing: nobody may stop a guest yet."""
 
     async def cut(self, epoch: Epoch, vm: str, facts: CutFacts) -> Standing:

@@ -159,8 +159,13 @@ class MemoryBarrier:
     async def prepared(self, epoch: Epoch, vm: str) -> Standing:
         return self._step(epoch, lambda known, now_ms: model.arrive(known, vm, Arrival.PREPARED, now_ms))
 
-    async def frozen(self, epoch: Epoch, vm: str) -> Standing:
-        return self._step(epoch, lambda known, now_ms: model.arrive(known, vm, Arrival.FROZEN, now_ms))
+    async def frozen(self, epoch: Epoch, *vms: str) -> Standing:
+        def step(known: Epoch, now_ms: int) -> Epoch:
+            for vm in vms:
+                known = model.arrive(known, vm, Arrival.FROZEN, now_ms)
+            return known
+
+        return self._step(epoch, step)
 
     async def cut(self, epoch: Epoch, vm: str, facts: CutFacts) -> Standing:
         checked_facts(epoch, vm, facts)

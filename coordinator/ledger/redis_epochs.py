@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from coordinator.ledger.barrier import News
@@ -122,16 +123,16 @@ class RedisBarrier:
         return sorted(found, key=lambda epoch: (epoch.group, epoch.number))
 
     async def prepared(self, epoch: Epoch, vm: str) -> Standing:
-        return await self._arrive(epoch, vm, Arrival.PREPARED)
+        return await self._arrive(epoch, [vm], Arrival.PREPARED)
 
-    async def frozen(self, epoch: Epoch, vm: str) -> Standing:
-        return await self._arrive(epoch, vm, Arrival.FROZEN)
+    async def frozen(self, epoch: Epoch, *vms: str) -> Standing:
+        return await self._arrive(epoch, vms, Arrival.FROZEN)
 
     async def cut(self, epoch: Epoch, vm: str, facts: CutFacts) -> Standing:
-        return await self._arrive(epoch, vm, Arrival.CUT, checked_facts(epoch, vm, facts).model_dump_json())
+        return await self._arrive(epoch, [vm], Arrival.CUT, checked_facts(epoch, vm, facts).model_dump_json())
 
     async def readable(self, epoch: Epoch, vm: str, facts: ReadFacts) -> Standing:
-        return await self._arrive(epoch, vm, Arrival.READABLE, checked_reads(epoch, vm, facts).model_dump_json())
+        return await self._arrive(epoch, [vm], Arrival.READABLE, checked_reads(epoch, vm, facts).model_dump_json())
 
     async def fail_cut(self, epoch: Epoch, vm: str, why: str) -> Standing:
         answer = await self._ask("fail_cut", epoch, f"{epoch.participant(vm).vm}: {why}")
@@ -167,10 +168,10 @@ class RedisBarrier:
     async def aclose(self) -> None:
         await self._server.aclose()
 
-    async def _arrive(self, epoch: Epoch, vm: str, arrival: Arrival, facts: str = "") -> Standing:
-        answer = await self._ask("arrive", epoch, arrival, epoch.participant(vm).vm, facts)
+    async def _arrive(self, epoch: Epoch, vms: Sequence[str], arrival: Arrival, facts: str = "") -> Standing:
+        answer = await self._ask("arrive", epoch, arrival, facts, *(epoch.participant(vm).vm for vm in vms))
         if answer[0] == "early":
-            raise too_early(epoch.name, vm, arrival, Phase(answer[1]))
+            raise too_early(epoch.name, ", ".join(vms), arrival, Phase(answer[1]))
         return _standing(answer)
 
     async def _ask(self, step: str, epoch: Epoch, *args: str) -> Any:

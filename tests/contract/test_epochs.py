@@ -364,6 +364,29 @@ def test_one_who_arrives_often_does_not_stand_for_another(sides: Sides) -> None:
     sides.in_agent(story)
 
 
+def test_a_host_tells_of_all_that_stand_still_at_once(sides: Sides) -> None:
+    """With one of them again, and in time or not."""
+    many = tuple(Participant(vm=f"vm{n}", host=f"hv{n % 2}", disks=("vda",)) for n in range(4))
+    epoch = sides.open(SPEC.model_copy(update={"participants": many}))
+
+    async def story(barrier: Barrier) -> None:
+        with pytest.raises(RefusedError, match="is frozen in epoch"):
+            await barrier.frozen(epoch, "vm0", "vm2")
+        for vm in epoch.spec.vms:
+            await barrier.prepared(epoch, vm)
+        with pytest.raises(NotFoundError, match="vm9"):
+            await barrier.frozen(epoch, "vm0", "vm9")
+        assert shown(await barrier.frozen(epoch, "vm0", "vm2")) == (Phase.FREEZING, GoKey.OPEN)
+        assert shown(await barrier.frozen(epoch, "vm1", "vm0")) == (Phase.FREEZING, GoKey.OPEN)
+        assert sides.newest().frozen == {"vm0", "vm1", "vm2"}
+        assert shown(await barrier.frozen(epoch, "vm1", "vm3")) == (Phase.CUTTING, GoKey.GO)
+        assert shown(await barrier.frozen(epoch, "vm0", "vm2")) == (Phase.CUTTING, GoKey.GO)
+        heard = [phase for _, _, phase in phases(await barrier.news("hv1", "0", 0))]
+        assert heard == [Phase.PREPARING, Phase.FREEZING, Phase.CUTTING]
+
+    sides.in_agent(story)
+
+
 def test_of_many_who_arrive_at_once_one_turns_the_key(sides: Sides) -> None:
     many = tuple(Participant(vm=f"vm{n}", host=f"hv{n % 3}", disks=("vda",)) for n in range(24))
     epoch = sides.open(SPEC.model_copy(update={"participants": many}))

@@ -23,6 +23,7 @@ from workers.agent.guard import Guard, GuardLink
 from workers.agent.guest import OURS, look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
+from workers.agent.muster import Muster
 from workers.agent.participant import AbortedError, Machine, Taken
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
@@ -74,19 +75,24 @@ class Group:
         self._feed = Feed(self._barrier, HOST)
         listening = asyncio.create_task(self._feed.listen(await self._barrier.last_news(HOST), lambda news: None))
         self._open.push_async_callback(_ended, listening)
-        self.machines = [await self._machine(guest) for guest in self._guests]
+        self._vms = {guest.directory.name: await self._vm(guest) for guest in self._guests}
+        self.machines = self._musters()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._open.aclose()
 
-    async def _machine(self, guest: LiveGuest) -> Machine:
+    def _musters(self) -> list[Machine]:
+        """For one epoch."""
+        room, muster = Room(self._directory, 0), Muster(self._vms)
+        return [Machine(name, vm, room, Sockets(()), muster) for name, vm in self._vms.items()]
+
+    async def _vm(self, guest: LiveGuest) -> Vm:
         monitor = await Monitor.connect(guest.monitor)
         self._open.push_async_callback(monitor.close)
         link = GuardLink(self._directory / "guard")
         self._open.callback(link.close)
-        vm = Vm(monitor, link, Journal(self._directory / "journal"))
-        return Machine(guest.directory.name, vm, Room(self._directory, 0), Sockets(()))
+        return Vm(monitor, link, Journal(self._directory / "journal"))
 
     def opened(self, *, freeze_ms: int = DEADLINE_MS, parent: int = 0) -> Epoch:
         parts = [
@@ -106,6 +112,7 @@ class Group:
 
     async def taken(self, epoch: Epoch) -> list[Taken | BaseException]:
         """What each machine made of the epoch."""
+        self.machines = self._musters()
         parts = [machine.take_part(epoch, self._barrier, self._feed) for machine in self.machines]
         return await asyncio.gather(*parts, return_exceptions=True)
 

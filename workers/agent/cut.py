@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from coordinator.model.bitmap import Rotation
@@ -29,7 +30,7 @@ from workers.agent.views import View, inserting
 
 MIRROR = f"{OURS}pivot-"
 """How ids of jobs begin for which a running guest's writes may have to wait."""
-_answers = ThreadPoolExecutor(64, thread_name_prefix="guard")
+_guards = ThreadPoolExecutor(64, thread_name_prefix="guard")
 """Threads that wait for a guard: others may wait for disks, and guests stand still meanwhile."""
 _RAN = frozenset({"RESUME", "WAKEUP"})
 
@@ -98,16 +99,14 @@ class Vm:
         self, running: bool, ends_at: float, together: Callable[[], Awaitable[object]], cancel: Sequence[str]
     ) -> Frozen:
         """As it is then: what did not run when it was armed is not stopped, though its user may have continued it."""
-        answering: list[asyncio.Future[None]] = []
         if running:
-            left_s = ends_at - time.monotonic()
+            told = partial(self.guard.freeze, self._name, self.monitor.fileno(), ends_at - time.monotonic(), cancel)
             try:
-                answered = self.guard.begin_freeze(self._name, self.monitor.fileno(), left_s, cancel)
-            except FlushpointError:
-                await self.disarm()
+                await asyncio.get_running_loop().run_in_executor(_guards, told)
+            except BaseException:  # cancelled: the guard hears of it all the same
+                self._armed = None
+                await self._forget()
                 raise
-            # Shielded: what is cancelled before it has begun would never let go of the connection.
-            answering.append(asyncio.shield(asyncio.get_running_loop().run_in_executor(_answers, answered)))
         self._armed = None
         frozen = Frozen(self.monitor.heard, running, time.monotonic(), ends_at)
         stop: list[Command] = [("stop", {})] if running else []
@@ -116,9 +115,7 @@ class Vm:
             frozen = replace(frozen, heard=self.monitor.heard, stopped_at=time.monotonic())
             asked: list[Command] = [("query-status", {}), *stop, ("query-block", {})]
             status, *_, blocks = await self.monitor.execute_all(asked, max(0.01, ends_at - time.monotonic()))
-            await asyncio.gather(*answering)
         except BaseException:
-            await asyncio.gather(*answering, return_exceptions=True)
             await self.thaw(frozen)
             raise
         return replace(frozen, blocks=blocks, was_running=bool(status["running"]))

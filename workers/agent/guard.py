@@ -306,30 +306,8 @@ class GuardLink:
     def freeze(self, guest: str, monitor: int, deadline_s: float, cancel: Sequence[str] = ()) -> None:
         """Before `stop`: from here on the guard will let the guest run after `deadline_s`, these jobs cancelled.
         UnavailableError."""
-        self.begin_freeze(guest, monitor, deadline_s, cancel)()
-
-    def begin_freeze(
-        self, guest: str, monitor: int, deadline_s: float, cancel: Sequence[str] = ()
-    ) -> Callable[[], None]:
-        """The same, but its answer is waited for by calling what is returned. The guard has the message, and acts on it
-        even if this process ends now; one that hangs, which was there a moment ago (`check`), shows by its answer.
-        UnavailableError: it has nothing, so the guest is not to be stopped."""
         message = {"do": "freeze", "guest": guest, "deadline_s": deadline_s, "cancel": list(cancel)}
-        if not self._turn.acquire(timeout=self.TIMEOUT_S):
-            raise UnavailableError(f"the guard at {self._path} has not answered what it was asked", "look at its log")
-        try:
-            self._say(message, [monitor])
-        except BaseException:
-            self._turn.release()
-            raise
-
-        def answered() -> None:
-            try:
-                self._hear()
-            finally:
-                self._turn.release()
-
-        return answered
+        self._ask(message, [monitor])
 
     def check(self) -> None:
         """UnavailableError unless it answers now."""

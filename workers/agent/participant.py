@@ -56,13 +56,13 @@ class AbortedError(FlushpointError):
 class Machine:
     """One machine, its monitor, where its scratch images go, and the sockets its guest agent may be among."""
 
-    def __init__(self, name: str, vm: Vm, room: Room, sockets: Sockets, muster: Muster | None = None) -> None:
-        """With the others of `muster` it is stopped at once."""
+    def __init__(self, name: str, vm: Vm, room: Room, sockets: Sockets, muster: Muster) -> None:
+        """For one epoch. With the others of `muster` it is stopped at once."""
         self.name = name
         self.vm = vm
         self._room = room
         self._sockets = sockets
-        self._muster = muster or Muster([name])
+        self._muster = muster
 
     async def take_part(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Taken:
         """From the preparation to the cut, one epoch at a time: one that was aborted after its go may be about to cut
@@ -167,7 +167,8 @@ class Machine:
             # Before any other may go on: as long as all stand still, nobody takes the processors from those who cut.
             await self.vm.take(frozen, parts)
             async with asyncio.timeout(max(0.0, frozen.ends_at - time.monotonic())):
-                await self._wait_to_go(epoch, barrier, feed)
+                standing = await self._muster.frozen(self.name, partial(barrier.frozen, epoch), MUSTER_SHARE * left_s)
+                refuse_aborted(epoch, await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN))
             pass_point("between-go-and-cut")
             cut_at = time.time()  # all stand still, and its disks hold what they held at its stop
             stood_s, has_run = await self.vm.go_on(frozen, partial(wait, Moment.GONE_ON))
@@ -177,10 +178,6 @@ class Machine:
         if has_run:
             raise has_run
         return cut_at, stood_s
-
-    async def _wait_to_go(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> None:
-        standing = await barrier.frozen(epoch, self.name)
-        refuse_aborted(epoch, await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN))
 
     async def _drop(self, parts: Sequence[Part]) -> None:
         for part in parts:

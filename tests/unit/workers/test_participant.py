@@ -12,6 +12,7 @@ from coordinator.model.epoch import CutFacts, GoKey, Phase, Standing
 from workers.agent.cut import Part
 from workers.agent.files import FileSystems
 from workers.agent.journal import Journal
+from workers.agent.muster import Muster
 from workers.agent.participant import Machine, Taken
 from workers.agent.sockets import Sockets
 
@@ -27,7 +28,7 @@ class Told(Machine):
 
     def __init__(self) -> None:
         vm = SimpleNamespace(turn=asyncio.Lock(), arm=_nothing, disarm=_nothing)
-        super().__init__("db", vm, Path(), Sockets(()))  # type: ignore[arg-type]
+        super().__init__("db", vm, Path(), Sockets(()), Muster(["db"]))  # type: ignore[arg-type]
         self.did: list[str] = []
         self.may_cut = asyncio.Event()
 

@@ -1,14 +1,20 @@
--- A participant has prepared, frozen, cut, or is readable; or somebody has waited long enough, it thinks.
+-- Participants have prepared, frozen, cut, or are readable; or somebody has waited long enough, it thinks.
 -- Keys: epoch:*, epoch_prepared:*, epoch_frozen:*, epoch_cut:*, epoch_readable:*, epoch_news:*, epochs_on:*, epochs_open,
 --   wake (written), epoch_vms:* (read).
--- ARGV: group, number, then of an arrival: "prepared", "frozen", "cut" or "readable", the machine, and of the last two
---   its facts as JSON.
+-- ARGV: group, number, then of an arrival: "prepared", "frozen", "cut" or "readable", of the last two the facts as JSON
+--   (else ""), and the machines: one, where there are facts.
 -- Returns how the epoch stands, {"early", phase} for what nobody was told to do, or {"missing"}.
-local epoch, arrival, vm = epoch_name(ARGV[1], ARGV[2]), ARGV[3], ARGV[4]
+local epoch, arrival, facts, vms = epoch_name(ARGV[1], ARGV[2]), ARGV[3], ARGV[4], { unpack(ARGV, 5) }
 if redis.call('EXISTS', epoch_key(epoch)) == 0 then
   return { 'missing' }
 end
-if arrival and has_arrived(epoch, arrival, vm) then
+local missing = {}
+for _, vm in ipairs(vms) do
+  if not has_arrived(epoch, arrival, vm) then
+    missing[#missing + 1] = vm
+  end
+end
+if arrival and #missing == 0 then
   return standing(epoch)
 end
 time_out(epoch)
@@ -24,12 +30,12 @@ end
 local function spec() return cjson.decode(redis.call('HGET', epoch_key(epoch), 'spec')) end
 local arrived, all = arrived_key(epoch, arrival), redis.call('ZCARD', vms_key(epoch))
 if HAS_FACTS[arrival] then
-  redis.call('HSET', arrived, vm, ARGV[5])
+  redis.call('HSET', arrived, missing[1], facts)
   if redis.call('HLEN', arrived) == all then
     move(epoch, arrival == 'cut' and 'taken' or 'readable')
   end
 else
-  redis.call('SADD', arrived, vm)
+  redis.call('SADD', arrived, unpack(missing))
   if redis.call('SCARD', arrived) == all then
     if arrival == 'prepared' then
       move(epoch, 'freezing', 'freeze_by_ms', int(now_ms + spec().freeze_ms))
