@@ -230,9 +230,9 @@ def remove_group(name: str) -> Call[None]:
     return Call("DELETE", _group_path(name), _nothing)
 
 
-def act_on_group(name: str, verb: GroupVerb) -> Call[GroupView]:
-    """pause, resume or cancel a group: all of its disks, or none."""
-    return Call("POST", f"{_group_path(name)}/{verb}", _GROUP, body=b"{}")
+def act_on_group(name: str, verb: GroupVerb, *, force: bool = False) -> Call[GroupView]:
+    """pause, resume or cancel a group: all of its disks, or none; with `force` also a move that has begun."""
+    return Call("POST", f"{_group_path(name)}/{verb}", _GROUP, body=b'{"force":true}' if force else b"{}")
 
 
 def ask_for_checkpoint(name: str, idempotency_key: str = "") -> Call[CheckpointView]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import FastAPI, Header, Query, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.api.feed import EventFeed
 from coordinator.ledger.contract import ConflictError, Ledger, UnreadableGroupError
@@ -42,8 +42,18 @@ REQUESTS = 1000
 class CompleteArguments(BaseModel):
     """How a group is to end."""
 
+    model_config = ConfigDict(extra="forbid")
+
     pivot: bool = False
     downtime: float = Field(default=5.0, gt=0, le=60, description="seconds for which a pivot may stop guests")
+
+
+class GroupVerbBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    force: bool = Field(
+        default=False, description="give a pivot up that has moved some machines: each stays where it is (cancel)"
+    )
 
 
 class GroupList(BaseModel):
@@ -148,10 +158,11 @@ def add_groups(app: FastAPI, ledger: Ledger, feed: EventFeed) -> None:
         )
 
     @app.post("/v1/groups/{name}/{verb}")
-    def act(name: str, verb: GroupVerb) -> GroupView:
+    def act(name: str, verb: GroupVerb, body: GroupVerbBody | None = None) -> GroupView:
         """pause: no round is begun, and the copies of one that is at work rest; resume; cancel: give up the round that
-        is at work. All of its disks, or none."""
-        return view_of_group(changed(name, lambda known: told(known, verb)), time.time())
+        is at work, or the end that was asked for. All of its disks, or none."""
+        force = body is not None and body.force
+        return view_of_group(changed(name, lambda known: told(known, verb, force=force)), time.time())
 
 
 def _found_end(group: GroupRecord, request: str) -> CompletionView:

@@ -373,12 +373,13 @@ class GroupVerb(enum.StrEnum):
     CANCEL = "cancel"
 
 
-def told(group: GroupRecord, verb: GroupVerb) -> GroupRecord:
-    """The group after a user's verb. RefusedError for one that makes no sense now."""
+def told(group: GroupRecord, verb: GroupVerb, *, force: bool = False) -> GroupRecord:
+    """The group after a user's verb. RefusedError for one that makes no sense now. `force`: cancel what leaves some
+    machines on their targets and others where they were."""
     if verb is not GroupVerb.CANCEL:
         return _told_to_rest(group, verb is GroupVerb.PAUSE)
     if group.completing is not None:
-        return _told_not_to_complete(group, group.completing)
+        return _told_not_to_complete(group, group.completing, force)
     if group.round is None or group.round.stage is Stage.ENDING:
         raise RefusedError(f"group {group.name!r} is at work on no recovery point", "there is nothing to cancel")
     if group.round.stage is Stage.PUBLISHING:
@@ -388,21 +389,31 @@ def told(group: GroupRecord, verb: GroupVerb) -> GroupRecord:
 
 def _told_to_rest(group: GroupRecord, paused: bool) -> GroupRecord:
     if group.completed and not paused:
-        if group.completion is not None and group.completion.pivoted:
-            raise RefusedError(f"the guests of group {group.name!r} run on its targets", "apply it with other targets")
+        if not set(group.live).isdisjoint(group.spec.written_targets.values()):
+            raise RefusedError(f"guests of group {group.name!r} run on its targets", "apply it with other targets")
         return changed(group, paused=False, completed=False)
     return changed(group, paused=paused)
 
 
-def _told_not_to_complete(group: GroupRecord, completing: Completing) -> GroupRecord:
+def _told_not_to_complete(group: GroupRecord, completing: Completing, force: bool) -> GroupRecord:
     at_work = group.round
-    if completing.went or (at_work is not None and at_work.pivot_s and at_work.stage is Stage.PUBLISHING):
-        raise RefusedError(f"machines of group {group.name!r} run on their targets already", "let it move the others")
-    if at_work is not None and at_work.pivot_s:  # some may have moved: its end tells whether that was in time
-        return changed(group, cancelled=at_work.id)
+    if at_work is not None and at_work.pivot_s and at_work.stage is Stage.PUBLISHING:
+        raise RefusedError(f"machines of group {group.name!r} run on their targets already", "it is about to end")
+    if completing.went and not force:
+        raise RefusedError(
+            f"machines of group {group.name!r} run on their targets already",
+            "let it move the others, or cancel it by force: each stays where it is then",
+        )
+    if at_work is not None and at_work.pivot_s and not completing.went:
+        return changed(group, cancelled=at_work.id)  # some may have moved: its end tells whether that was in time
     ended = Completion(id=completing.id, done=False, why="cancelled by its user")
     cancelled = at_work.id if at_work is not None else group.cancelled
-    return changed(group, completing=None, completion=ended, cancelled=cancelled)
+    left = changed(group, completing=None, completion=ended, cancelled=cancelled)
+    if not completing.went:
+        return left
+    why = "cancelled by force: some machines may run on their targets, and others where they were"
+    torn = ended.model_copy(update={"why": why})
+    return changed(left, completion=torn, completed=True, live=tuple(group.spec.written_targets.values()))
 
 
 def told_to_complete(group: GroupRecord, request: str, *, pivots: bool, downtime_s: float) -> GroupRecord:

@@ -90,11 +90,16 @@ def complete(
 
 def cancel(
     job_id: output.JobArgument,
-    force: Annotated[bool, typer.Option("--force", help="Do not drain requests in flight.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Do not drain requests in flight; give a group's pivot up that has moved some machines."
+        ),
+    ] = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Give a job up; its target is no copy. Of a group: give up the point that is being made."""
-    _act(Verb.CANCEL, job_id, as_json, lambda client, full_id: client.cancel(full_id, force=force))
+    """Give a job up; its target is no copy. Of a group: give up the point that is being made, or its completion."""
+    _act(Verb.CANCEL, job_id, as_json, lambda client, full_id: client.cancel(full_id, force=force), force=force)
 
 
 def finalize(job_id: output.JobArgument, as_json: output.JsonOption = False) -> None:
@@ -142,12 +147,12 @@ def _write_group(group: GroupView, as_json: bool) -> None:
         print(f"{group.name}  {'paused' if group.paused else doing}{limit}")
 
 
-def _act(verb: Verb, text: str, as_json: bool, send: Callable[[Client, str], JobView]) -> None:
+def _act(verb: Verb, text: str, as_json: bool, send: Callable[[Client, str], JobView], *, force: bool = False) -> None:
     """Send a verb, and show the state that it leads to, or that is there after a while."""
     goals = _GOALS[verb]
     with session.connect() as client:
         if verb in GROUP_VERBS and session.group(client, text) is not None:
-            _write_group(client.act_on_group(text, GroupVerb(verb)), as_json)
+            _write_group(client.act_on_group(text, GroupVerb(verb), force=force), as_json)
             return
         job = send(client, session.job_id(client, text))
         if job.state not in goals:

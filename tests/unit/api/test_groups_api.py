@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from coordinator.api.app import make_api
 from coordinator.api.feed import EventFeed
 from coordinator.ledger import MemoryLedger
-from coordinator.model.complete import Completion
+from coordinator.model.complete import Completing, Completion
 from coordinator.model.group import OUTCOMES_KEPT, Outcome, Round
 
 MEMBER = {"vm": "db", "host": "hv1", "qmp": "/run/db.qmp", "disks": ["vda"]}
@@ -142,16 +142,37 @@ def test_a_groups_end_is_asked_for_once_and_looked_after(api: TestClient, ledger
 
 
 def test_what_a_group_is_told_after_its_end(api: TestClient, ledger: MemoryLedger) -> None:
-    api.put("/v1/groups/shop", json=SPEC)
-    over = {"completed": True, "completion": Completion(id="k", done=True, pivoted=True, point=7)}
+    spec = {**SPEC, "mirror": {"targets": {"db/vda": "/copies/vda"}}}
+    api.put("/v1/groups/shop", json=spec)
+    over = {
+        "completed": True,
+        "completion": Completion(id="k", done=True, pivoted=True, point=7),
+        "live": ("/copies/vda",),
+    }
     ledger.put_group(ledger.group("shop").model_copy(update=over))
     for words in ("checkpoints", "complete"):
         assert "is complete" in api.post(f"/v1/groups/shop/{words}", json={}).json()["detail"]
     assert "run on its targets" in api.post("/v1/groups/shop/resume").json()["detail"]
-    api.put("/v1/groups/shop", json=SPEC)
+    api.put("/v1/groups/shop", json=spec)
     assert ledger.group("shop").completed, "applied again, it has nothing new to do"
     api.put("/v1/groups/shop", json={**SPEC, "policy": {"rpo": 5}})
     assert not ledger.group("shop").completed
+
+
+def test_a_move_that_has_begun_is_given_up_by_force_alone(api: TestClient, ledger: MemoryLedger) -> None:
+    api.put("/v1/groups/shop", json={**SPEC, "mirror": {"targets": {"db/vda": "/copies/vda"}}})
+    torn = Completing(id="k", pivots=True, went=True)
+    ledger.put_group(ledger.group("shop").model_copy(update={"completing": torn}))
+    for body in ({}, {"force": False}):
+        refused = api.post("/v1/groups/shop/cancel", json=body)
+        assert refused.status_code == 409
+        assert "cancel it by force" in refused.json()["detail"] + refused.json().get("remedy", "")
+    assert api.post("/v1/groups/shop/cancel", json={"forced": True}).status_code == 422
+    assert api.post("/v1/groups/shop/cancel", json={"force": True}).status_code == 200
+    found = api.get("/v1/groups/shop/completions/k").json()
+    assert (found["is_over"], found["done"]) == (True, False)
+    assert "some machines may run on their targets" in found["why"]
+    assert "run on its targets" in api.post("/v1/groups/shop/resume").json()["detail"], "no pass may write them"
 
 
 def test_targets_are_named_for_all_disks_and_once(api: TestClient) -> None:
