@@ -119,7 +119,7 @@ class MemoryLedger(MemoryPoints, MemoryGroups, MemoryEpochs):
         self._changed = threading.Condition(threading.RLock())
         MemoryPoints.__init__(self, self._changed, clock, self._emit)
         MemoryGroups.__init__(self, self._changed, self._fence, self._emit, self._wake)
-        MemoryEpochs.__init__(self, self._changed, clock, self._fence, self.run_is_known, self._wake)
+        MemoryEpochs.__init__(self, self._changed, clock, self._fence, self.run_is_known, lambda: self._run, self._wake)
         self._targets: dict[str, str] = {}
         self._run = 1
         self._adopted_run = 0

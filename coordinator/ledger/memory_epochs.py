@@ -35,12 +35,15 @@ class MemoryEpochs:
         clock: Callable[[], float],
         fence: Callable[[Term], None],
         run_is_known: Callable[[], bool],
+        run: Callable[[], int],
         wake: Callable[[str], None],
     ) -> None:
         self._guarded = lock
         self._ticks = clock
         self._check_term = fence
         self._adopted = run_is_known
+        self._run_now = run
+        self._opened_by: dict[tuple[str, int], int] = {}
         self._wake_leader = wake
         self._epochs: dict[tuple[str, int], Epoch] = {}
         self._numbers: dict[str, int] = {}
@@ -59,6 +62,7 @@ class MemoryEpochs:
             if last is not None and not last.is_over:
                 raise model.not_over(last.name, last.phase)
             self._numbers[group] = opened.number
+            self._opened_by[group, opened.number] = self._run_now()
             self._keep(opened, now_ms)
             return opened
 
@@ -89,6 +93,9 @@ class MemoryEpochs:
         with self._guarded:
             now_ms, before = self._ticks_ms(), self.epoch_of(group, number)
             after = step(before, now_ms)
+            if after.phase is Phase.ABORTED and not before.is_over:
+                doubtful = self._opened_by[group, number] != self._run_now()
+                after = after.model_copy(update={"doubtful": doubtful})
             self._epochs[group, number] = after
             if after.phase is not before.phase:
                 self._keep(after, now_ms)
@@ -139,7 +146,7 @@ class MemoryEpochs:
     def _expire(self) -> None:
         since = self._ticks_ms() - EPOCH_KEPT_MS
         for name in [name for name, epoch in self._epochs.items() if epoch.is_over and epoch.over_ms <= since]:
-            del self._epochs[name]
+            del self._epochs[name], self._opened_by[name]
         for host in [host for host, news in self._news.items() if news and news[-1][0] <= since]:
             del self._news[host]
 

@@ -294,6 +294,9 @@ class Epoch(BaseModel):
     key: GoKey = GoKey.OPEN
     why: str = ""
     """Why it was aborted; begins with the machine that did it, if one did."""
+    doubtful: bool = False
+    """It was aborted by another run of the ledger's server than it was opened by, which may have lost that its go key
+    had turned before."""
     opened_ms: int
     prepare_by_ms: int
     freeze_by_ms: int = 0

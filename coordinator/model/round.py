@@ -410,7 +410,7 @@ def _not_completed(group: GroupRecord, at_work: Round, seen: Seen, now: float) -
 def _may_have_gone(at_work: Round, seen: Seen) -> bool:
     """Whether a machine may have moved, as far as can be told."""
     epoch = seen.epoch
-    return epoch is None or epoch.number != at_work.number or epoch.key is GoKey.GO
+    return epoch is None or epoch.number != at_work.number or epoch.key is GoKey.GO or epoch.doubtful
 
 
 def _outcome(at_work: Round, now: float) -> Outcome:

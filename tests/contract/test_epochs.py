@@ -746,6 +746,25 @@ def test_after_a_restart_no_epoch_is_opened_before_recovery(
     assert ledger.open_epoch(term, "mail", SPEC).number == 1
 
 
+def test_an_epoch_that_another_run_of_the_server_aborts_may_have_had_its_go(
+    restartable: tuple[Ledger, Callable[[], None]],
+) -> None:
+    """The run that opened it may have lost that with its last second."""
+    ledger, restart = restartable
+    term = led(ledger)
+    ledger.open_epoch(term, "shop", SPEC)
+    ledger.open_epoch(term, "mail", SPEC)
+    assert not ledger.give_up_epoch(term, "mail", 1, "why").doubtful
+    restart()
+    ledger.adopt_run(term, 0)
+    assert not ledger.give_up_epoch(term, "mail", 1, "again").doubtful
+    aborted = ledger.give_up_epoch(term, "shop", 1, "why")
+    assert (aborted.key, aborted.doubtful) == (GoKey.ABORT, True)
+    assert ledger.newest_epoch("shop") == aborted
+    ledger.open_epoch(term, "shop", SPEC)
+    assert not ledger.give_up_epoch(term, "shop", 2, "why").doubtful
+
+
 def test_a_leader_decides_nothing_by_what_it_read_before_a_restart(
     restartable: tuple[Ledger, Callable[[], None]],
 ) -> None:

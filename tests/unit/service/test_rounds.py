@@ -746,6 +746,35 @@ def test_after_go_nothing_but_the_pivot_is_tried_until_all_have_moved(world: Wor
     assert (ended(world).done, ended(world).pivoted, ended(world).point) == (True, True, 9)
 
 
+def test_a_move_that_has_begun_is_given_up_by_force_and_no_target_is_written_after_that(world: World) -> None:
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    until_pivoting(world, Phase.CUTTING)
+    world.agent("web", lambda: True)
+    until_over(world, 3)
+    put(world, **dict(told(world.group, GroupVerb.CANCEL, force=True)))
+    until_completed(world)
+    assert not ended(world).done
+    assert world.group.live == tuple(TARGETS.values())
+    before = len(world.decisions)
+    world.now += 1000
+    world.cycle()
+    assert (world.group.round, len(world.decisions)) == (None, before)
+
+
+def test_after_a_restart_of_the_ledgers_server_nobody_is_believed_not_to_have_moved(world: World) -> None:
+    """It had turned the key to GO, and lost that with its last second."""
+    mirroring(world, staged=False)
+    complete(world, pivots=True)
+    until_pivoting(world, Phase.FREEZING)
+    world.ledger.restart()
+    world.replace_coordinator()
+    world.agent("web", lambda: True)
+    until_over(world, 3)
+    assert world.group.completing is not None
+    assert world.group.completing.went
+
+
 def test_a_pivot_that_fails_again_and_again_is_given_up_and_the_group_goes_on(world: World) -> None:
     mirroring(world, staged=False)
     complete(world, pivots=True)

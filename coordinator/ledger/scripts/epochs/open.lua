@@ -21,7 +21,7 @@ local epoch = epoch_name(group, number)
 redis.call('HSET', numbers, group, number)
 redis.call('HSET', epoch_key(epoch), 'group', group, 'number', number, 'spec', ARGV[6], 'key', 'open', 'why', '',
   'opened_ms', int(now_ms), 'prepare_by_ms', int(now_ms + tonumber(ARGV[5])), 'freeze_by_ms', 0, 'go_ms', 0,
-  'hold_by_ms', 0, 'over_ms', 0, '_hosts', ARGV[7])
+  'hold_by_ms', 0, 'over_ms', 0, '_hosts', ARGV[7], '_run', server_run())
 for i = 8, #ARGV do
   redis.call('ZADD', vms_key(epoch), i, ARGV[i])
 end

@@ -63,8 +63,9 @@ end
 
 -- GO is never taken back, whatever becomes of the epoch.
 local function abort_epoch(epoch, why)
-  local key = redis.call('HGET', epoch_key(epoch), 'key')
-  finish_epoch(epoch, 'aborted', 'key', key == 'open' and 'abort' or key, 'why', why)
+  local f = redis.call('HMGET', epoch_key(epoch), 'key', '_run')
+  finish_epoch(epoch, 'aborted', 'key', f[1] == 'open' and 'abort' or f[1], 'why', why,
+    'doubtful', f[2] == server_run() and 0 or 1)
 end
 
 -- Of these the arrivals are kept with their facts, in a hash; of others in a set.
