@@ -25,15 +25,16 @@ A server of a target that hangs holds up QEMU's main loop as soon as one waits f
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Literal
 
-from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
-from coordinator.model.uri import DiskUri
+from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError, UsageError
+from coordinator.model.uri import DiskUri, parse
 from workers.agent.cut import MIRROR
 from workers.agent.guest import OURS, GuestDisk, look_at
 from workers.agent.monitor import ANSWER_S, GuestRefusedError, GuestSilentError, Monitor
@@ -86,6 +87,18 @@ class NotMovedError(UnavailableError):
 def target_node(uri: str) -> str:
     """The same for every attempt, so that a disk is known which has moved there before. QEMU takes 31 characters."""
     return f"{_TARGET}{sha256(uri.encode()).hexdigest()[:16]}"
+
+
+def runs_on(disk: GuestDisk, target: str) -> bool:
+    """Whether the guest writes to this target, by a move of ours or since its user started it there."""
+    if disk.node == target_node(target):
+        return True
+    uri = parse(target)
+    if uri.kind == "file":
+        return os.path.realpath(disk.file) == os.path.realpath(uri.path)
+    with suppress(UsageError):  # QEMU tells "json:…" of what no URI can say
+        return replace(Endpoint.parse(disk.file), tls=None) == replace(Endpoint.parse(uri.nbd_uri), tls=None)
+    return False
 
 
 def blockdev_options(uri: DiskUri, node: str, driver: Literal["file", "host_device"]) -> dict[str, object]:

@@ -49,6 +49,7 @@ from workers.agent.moves import (
     end_jobs,
     keep,
     open_target,
+    runs_on,
     switch,
     target_node,
 )
@@ -124,7 +125,7 @@ class PivotingMachine:
         for name in epoch.participant(self.name).disks:
             disk = guest.disk(name)
             uri = epoch.spec.pivots[f"{self.name}/{name}"]
-            if disk.node != target_node(uri):
+            if not runs_on(disk, uri):
                 await self._prepare_disk(epoch, guest, disk, uri, ready)
 
     async def _prepare_disk(self, epoch: Epoch, guest: Guest, disk: GuestDisk, uri: str, ready: list[_Ready]) -> None:
