@@ -120,6 +120,11 @@ class FileSystems:
             await asyncio.to_thread(self._journal.erase, self._agent.path)
         self._was_told = False
 
+    @property
+    def are_held(self) -> bool:
+        """Whoever writes them waits for `thaw`."""
+        return self._was_told
+
     def close(self) -> None:
         if self._agent is not None:
             self._agent.close()

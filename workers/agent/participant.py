@@ -26,7 +26,7 @@ from workers.agent.feed import Feed
 from workers.agent.files import FileSystems
 from workers.agent.guest import look_at
 from workers.agent.guest_agent import ANSWER_S
-from workers.agent.moves import target_node
+from workers.agent.moves import runs_on
 from workers.agent.muster import Moment, Muster
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
@@ -93,7 +93,7 @@ class Machine:
         spec, left = epoch.spec, self._room.left()
         for name in epoch.participant(self.name).disks:
             disk = guest.disk(name)
-            if (target := spec.targets.get(f"{self.name}/{name}")) and disk.node == target_node(target):
+            if (target := spec.targets.get(f"{self.name}/{name}")) and runs_on(disk, target):
                 raise RefusedError(f"the guest runs on {target}, which would be written", "name another target")
             parent = spec.parent(self.name, name)
             owner = Owner(spec.repository, epoch.group, f"{self.name}/{name}")
@@ -151,27 +151,35 @@ class Machine:
                 ends_at = time.monotonic() + deadline_s
                 await files.freeze(self.vm.monitor, deadline_s)
                 pass_point("between-files-and-stop")
-                return await self._stop_and_cut(epoch, parts, ends_at - time.monotonic(), barrier, feed)
+                return await self._stop_and_cut(epoch, parts, ends_at - time.monotonic(), barrier, feed, files)
         finally:
             await files.thaw()
 
     async def _stop_and_cut(
-        self, epoch: Epoch, parts: Sequence[Part], left_s: float, barrier: Barrier, feed: Feed
+        self,
+        epoch: Epoch,
+        parts: Sequence[Part],
+        left_s: float,
+        barrier: Barrier,
+        feed: Feed,
+        files: FileSystems,
     ) -> tuple[float, float]:
         if left_s <= 0:
             raise UnavailableError(f"{self.name} was not stopped in time", "look at what its host is busy with")
-        wait = partial(self._muster.wait, name=self.name, timeout_s=MUSTER_SHARE * left_s)
-        frozen = await self.vm.freeze(left_s, partial(wait, Moment.STOP))
+        wait, share_s = partial(self._muster.wait, name=self.name), MUSTER_SHARE * left_s
+        frozen = await self.vm.freeze(left_s, partial(wait, Moment.STOP, timeout_s=share_s))
         try:
             pass_point("between-stop-and-frozen")
             # Before any other may go on: as long as all stand still, nobody takes the processors from those who cut.
             await self.vm.take(frozen, parts)
             async with asyncio.timeout(max(0.0, frozen.ends_at - time.monotonic())):
-                standing = await self._muster.frozen(self.name, partial(barrier.frozen, epoch), MUSTER_SHARE * left_s)
+                standing = await self._muster.frozen(self.name, partial(barrier.frozen, epoch), share_s)
                 refuse_aborted(epoch, await feed.until(epoch, standing, lambda s: s.key is not GoKey.OPEN))
             pass_point("between-go-and-cut")
             cut_at = time.time()  # all stand still, and its disks hold what they held at its stop
-            stood_s, has_run = await self.vm.go_on(frozen, partial(wait, Moment.GONE_ON))
+            # With its file systems held it waits for nobody: whoever writes them waits until they are thawed.
+            wait_s = 0.0 if files.are_held else share_s
+            stood_s, has_run = await self.vm.go_on(frozen, partial(wait, Moment.GONE_ON, timeout_s=wait_s))
         except BaseException:
             await self.vm.thaw(frozen)
             raise
