@@ -353,15 +353,18 @@ def test_a_cut_that_failed_while_the_ledger_was_away_ends_the_epoch_once_it_is_b
 
 
 def test_a_guest_that_was_started_again_takes_part_at_once(alone: Group, guest_kit: GuestKit) -> None:
-    alone.open()
-    assert alone.wait_for(Phase.READABLE, Phase.ABORTED).phase is Phase.READABLE
-    alone.give_up()
     (host,) = alone.hosts
+    host.start_agent("before-stage:stop")
+    alone.open()
+    wait_until(host.trip.exists, "the agent to stage", STEP_S)
     host.guest.guest.kill()
+    host.signal_agent(signal.SIGCONT)
+    assert alone.wait_for(Phase.ABORTED).phase is Phase.ABORTED
     with running_guest(guest_kit, host.guest.directory, host.guest.disks):
         alone.open()
         epoch = alone.wait_for(Phase.READABLE, Phase.ABORTED)
         assert epoch.phase is Phase.READABLE, epoch.why
+        assert [path.name for path in host.scratch.iterdir()] == [epoch.name], "nothing of the guest that has ended"
 
 
 def test_epochs_that_need_a_guest_at_once_share_its_monitor(alone: Group) -> None:

@@ -44,8 +44,8 @@ from workers.agent.pivot import PivotingMachine
 from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
-from workers.agent.stage import clear, stage
-from workers.agent.views import forget, remembered, remove
+from workers.agent.stage import clear, forget, stage
+from workers.agent.views import remembered, remove
 from workers.failpoint import pass_point
 
 STAGE_S = 3600.0
@@ -299,6 +299,7 @@ class Agent:
                 await self._clear_unheard()
             except FlushpointError as error:
                 log.warning("cannot look which epochs are over", error=str(error))
+            await self._clear_guests()
 
     async def _clear_unheard(self) -> None:
         """What is there before the ledger is asked belongs to epochs that were opened before: those it does not name
@@ -322,10 +323,12 @@ class Agent:
             if path not in self._vms:
                 guard = await asyncio.to_thread(self._guard.another)
                 try:
-                    self._vms[path] = Vm(await Monitor.connect(path), guard, self._journal)
+                    vm = Vm(await Monitor.connect(path), guard, self._journal)
                 except BaseException:
                     guard.close()
                     raise
+                await self._clear_guest(vm)
+                self._vms[path] = vm
             return self._vms[path]
 
     async def _let_go(self, vm: Vm) -> None:
@@ -336,19 +339,27 @@ class Agent:
                 await self._vms.pop(path).close()
 
     async def _clear_guests(self) -> None:
-        """Of views that an agent before this one left in them."""
-        for path, view in list(remembered(self._scratch)):
+        """Of views that were left: by an agent before this one, or with a guest that has ended since."""
+        for path in {path for path, _ in remembered(self._scratch)}:
             try:
-                vm = await self._vm(path)
+                await self._vm(path)  # which clears it, if it is connected to anew
+            except NotFoundError:
+                for view in [view for at, view in remembered(self._scratch) if at == path]:
+                    forget(view)
+            except FlushpointError as error:  # other guests' epochs are not to wait for this one
+                log.warning("cannot take views away", monitor=str(path), error=str(error))
+
+    async def _clear_guest(self, vm: Vm) -> None:
+        """Just connected to, so none of its views is an epoch's."""
+        for view in [view for path, view in remembered(self._scratch) if path == vm.monitor.path]:
+            try:
                 await end_jobs(vm.monitor, view.mark)
                 await clear(vm, view)
                 await remove(vm.monitor, view)
                 await close_targets(vm.monitor)
-                log.warning("took away what an agent before this one left", monitor=str(path), disk=view.disk.device)
-            except NotFoundError:
-                forget(view)
-            except FlushpointError as error:  # other guests' epochs are not to wait for this one
-                log.warning("cannot take a view away", monitor=str(path), disk=view.disk.device, error=str(error))
+                log.warning("took away a view that was left", monitor=str(vm.monitor.path), disk=view.disk.device)
+            except FlushpointError as error:  # what it hinders, the guest refuses
+                log.warning("cannot take a view away", monitor=str(vm.monitor.path), error=str(error))
 
 
 def _cancel(task: asyncio.Task[tuple[DiskCopy, ...]]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.model.errors import UnavailableError
+from workers.agent import views
 from workers.agent.cut import Part, Vm
 from workers.agent.guest import OURS
 from workers.agent.monitor import GuestRefusedError, Monitor
@@ -76,6 +77,12 @@ async def clear(vm: Vm, view: View) -> None:
     """What an agent that was killed while it staged has left of that."""
     await _release(vm, view)
     _image_of(view).unlink(missing_ok=True)
+
+
+def forget(view: View) -> None:
+    """Its guest has ended, and with it all that was done to it."""
+    _image_of(view).unlink(missing_ok=True)
+    views.forget(view)
 
 
 async def _release(vm: Vm, view: View) -> None:

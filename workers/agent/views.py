@@ -171,9 +171,9 @@ async def _take_out(monitor: Monitor, view: View) -> None:
             f"wait for the job, or let QEMU leave the filter out (block-stream, device {above}, base-node {below}); "
             "then start the agent anew",
         )
-    now = (await look_at(monitor)).disk(view.disk.path)
-    if now.node == view.filter_node:
-        await monitor.execute("qom-set", {"path": now.path, "property": "drive", "value": below})
+    for now in (await look_at(monitor)).disks:  # or its device was unplugged
+        if now.path == view.disk.path and now.node == view.filter_node:
+            await monitor.execute("qom-set", {"path": now.path, "property": "drive", "value": below})
 
 
 def remembered(directory: Path) -> Iterator[tuple[Path, View]]:
@@ -189,7 +189,7 @@ def remembered(directory: Path) -> Iterator[tuple[Path, View]]:
 
 
 def forget(view: View) -> None:
-    """Its guest has ended, and with it all that was done to it."""
+    """Once its guest has ended."""
     view.scratch.unlink(missing_ok=True)
     _record_of(view).unlink(missing_ok=True)
 
