@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import struct
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -68,6 +69,8 @@ ALLOWED = frozenset(
 
 Command = tuple[str, Mapping[str, object]]
 """Its name and its arguments."""
+_ASKED = "flushpoint-asked-"
+"""How the ids of commands begin whose answers are waited for."""
 _SAID = "flushpoint-said"
 """The id of commands whose answers nobody waits for."""
 _PEER = struct.Struct("iII")
@@ -111,17 +114,61 @@ class _Latest(EventListener):
             self.changed.notify_all()
 
 
+class _Client(QMPClient):
+    """Reads what QEMU says, for those who have written their commands to its connection themselves: the library's own
+    way takes a task and several queues for each, and writes each message out for a log that nobody keeps, while guests
+    stand still."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._expected: dict[str, asyncio.Future[Message]] = {}
+
+    def expect(self, ids: Iterable[str]) -> dict[str, asyncio.Future[Message]]:
+        """The answers to commands with these ids, or ConnectionError once there can be none."""
+        loop = asyncio.get_running_loop()
+        answers = {id_: loop.create_future() for id_ in ids}
+        self._expected |= answers
+        return answers
+
+    def expect_no_more(self, ids: Iterable[str]) -> None:
+        for id_ in ids:
+            if (answer := self._expected.pop(id_, None)) is not None:
+                answer.cancel()
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    async def _on_message(self, msg: Message) -> None:
+        answer = self._expected.pop(str(msg.get("id")), None)
+        if answer is None:
+            await super()._on_message(msg)
+        elif not answer.done():
+            answer.set_result(msg)
+
+    async def _bh_disconnect(self) -> None:
+        try:
+            await super()._bh_disconnect()
+        finally:
+            for answer in self._expected.values():
+                if not answer.done():
+                    answer.set_exception(ConnectionResetError())
+
+
 class Monitor:
     """An open monitor. Not thread-safe; commands of several tasks are answered in the order they were sent."""
 
     def __init__(
-        self, path: Path, client: QMPClient, connection: socket.socket, heard: _Latest, allowed: frozenset[str]
+        self, path: Path, client: _Client, connection: socket.socket, heard: _Latest, allowed: frozenset[str]
     ) -> None:
         self.path = path
         self._allowed = allowed
         self._client = client
         self._socket = connection
         self._heard = heard
+        self._numbers = itertools.count(1)
 
     @classmethod
     async def connect(cls, path: Path, timeout_s: float = CONNECT_S, allowed: frozenset[str] = ALLOWED) -> Self:
@@ -130,7 +177,7 @@ class Monitor:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
         spoken_on = connection.dup()
-        client, heard = QMPClient(path.name), _Latest()
+        client, heard = _Client(path.name), _Latest()
         client.events.event_filter = lambda event: False
         client.register_listener(heard)
         try:
@@ -152,27 +199,49 @@ class Monitor:
         self, command: str, arguments: Mapping[str, object] | None = None, timeout_s: float = ANSWER_S
     ) -> Any:
         """What QEMU returns. GuestRefusedError; GuestSilentError, after which the monitor is to be closed."""
-        self._refuse_unlisted(command)
+        return (await self.execute_all([(command, arguments or {})], timeout_s))[0]
+
+    async def execute_all(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
+        """What QEMU returns to each; said in one write, they cost one wait for an answer. They are done in this order,
+        those after one that fails as well; then the error of the first that does is raised, once all are answered."""
+        asked = {f"{_ASKED}{next(self._numbers)}": command for command in commands}
+        words = b"".join(self._line(name, arguments, id_) for id_, (name, arguments) in asked.items())
+        answers = self._client.expect(asked)
         try:
+            self._write(words)
             async with asyncio.timeout(timeout_s):
-                return await self._client.execute(command, arguments)
-        except ExecuteError as error:
-            raise GuestRefusedError(f"{self.path} refused {command}: {error}") from error
+                told = await asyncio.gather(*answers.values())
         except TimeoutError as error:
+            unanswered = ", ".join(asked[id_][0] for id_, answer in answers.items() if answer.cancelled())
             raise GuestSilentError(
-                f"{self.path} has not answered {command} for {timeout_s:g} s", "look whether its QEMU hangs"
+                f"{self.path} has not answered {unanswered} for {timeout_s:g} s", "look whether its QEMU hangs"
             ) from error
-        except QMPError as error:
+        except ConnectionError as error:
+            names = ", ".join(name for name, _ in commands)
             raise GuestSilentError(
-                f"{self.path} went away during {command}", "look whether its QEMU has ended"
+                f"{self.path} went away during {names}", "look whether its QEMU has ended"
             ) from error
+        finally:
+            self._client.expect_no_more(answers)
+        for (name, _), answer in zip(commands, told, strict=True):
+            if "error" in answer:
+                raise GuestRefusedError(
+                    f"{self.path} refused {name}: {cast('dict[str, str]', answer['error'])['desc']}"
+                )
+        return [answer["return"] for answer in told]
 
     def say(self, commands: Sequence[Command]) -> None:
         """All in one write, so that nothing the guard says comes in between. What becomes of them is to be asked for;
         it is known when the next command is answered. GuestSilentError."""
-        words = b"".join(self._line(name, arguments) for name, arguments in commands)
+        self._write(b"".join(self._line(name, arguments, _SAID) for name, arguments in commands))
+
+    def _write(self, words: bytes) -> None:
+        if not self.is_open:  # nobody would read the answer
+            raise GuestSilentError(f"{self.path} went away", "look whether its QEMU has ended")
         try:
             said = self._socket.send(words)
+        except BlockingIOError:
+            said = 0
         except OSError as error:
             raise GuestSilentError(f"{self.path} went away", "look whether its QEMU has ended") from error
         if said < len(words):
@@ -191,9 +260,9 @@ class Monitor:
         except (TimeoutError, QMPError) as error:
             raise GuestSilentError(f"{self.path} did not hear yank", "look whether its QEMU hangs") from error
 
-    def _line(self, command: str, arguments: Mapping[str, object]) -> bytes:
+    def _line(self, command: str, arguments: Mapping[str, object], id_: str) -> bytes:
         self._refuse_unlisted(command)
-        return json.dumps({"execute": command, "arguments": arguments, "id": _SAID}).encode() + b"\n"
+        return json.dumps({"execute": command, "arguments": arguments, "id": id_}).encode() + b"\n"
 
     def _refuse_unlisted(self, command: str) -> None:
         if command not in self._allowed:
@@ -203,20 +272,6 @@ class Monitor:
     def is_open(self) -> bool:
         """Whether its QEMU has not ended the connection, as it does when it ends itself."""
         return self._client.runstate is Runstate.RUNNING
-
-    async def execute_all(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
-        """What QEMU returns to each; sent at once, they cost one wait for an answer. They are done in this order, those
-        after one that fails as well; then the error of the first that does is raised, once all are answered."""
-        asked = [asyncio.create_task(self.execute(name, arguments, timeout_s)) for name, arguments in commands]
-        try:
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-        finally:
-            for one in asked:
-                one.cancel()
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
 
     @property
     def heard(self) -> int:
