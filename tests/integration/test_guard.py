@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from coordinator.model.errors import RefusedError, UnavailableError
@@ -272,3 +273,67 @@ def test_a_guest_that_was_let_run_is_not_taken_back(guest: LiveGuest, guard: Pro
         await monitor.close()
 
     asyncio.run(late())
+
+
+def test_a_guest_that_is_let_go_of_while_it_is_silent_runs_once_it_listens(
+    guest: LiveGuest, guard: Process, tmpfs_path: Path
+) -> None:
+    """QEMU notices the end of a connection before it has read what was said there last."""
+
+    async def let_go() -> None:
+        vm = Vm(await Monitor.connect(guest.monitor), GuardLink(tmpfs_path / "guard"), Journal(tmpfs_path / "journal"))
+        frozen = await vm.freeze(LONG_S)
+        os.kill(guest.pid(), signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await vm.thaw(frozen)
+        await vm.close()
+
+    try:
+        for _ in range(3):
+            asyncio.run(let_go())
+            subprocess.run(["sleep", "0.3"], check=True)  # a guard that gives its descriptor up has done so by then
+            os.kill(guest.pid(), signal.SIGCONT)
+            guest.wait_until_it_writes()
+    finally:
+        os.kill(guest.pid(), signal.SIGCONT)
+
+
+def test_a_guest_runs_whose_agent_takes_long_to_end(guest: LiveGuest, guard: Process, tmpfs_path: Path) -> None:
+    """Its connections have ended before it has, and QEMU had not read what it was told until then."""
+
+    async def stop() -> tuple[Monitor, GuardLink]:
+        monitor, link = await Monitor.connect(guest.monitor), GuardLink(tmpfs_path / "guard")
+        link.freeze(str(guest.monitor), monitor.fileno(), LONG_S)
+        await monitor.execute("stop")
+        os.kill(guest.pid(), signal.SIGSTOP)
+        link.close()
+        await asyncio.to_thread(
+            wait_until, lambda: "its agent has left" in guard.log.read_text(), "the guard to notice"
+        )
+        await monitor.close()
+        return monitor, link
+
+    try:
+        asyncio.run(stop())
+        subprocess.run(["sleep", "0.3"], check=True)
+        os.kill(guest.pid(), signal.SIGCONT)
+        guest.wait_until_it_writes()
+    finally:
+        os.kill(guest.pid(), signal.SIGCONT)
+
+
+def test_a_guard_that_hangs_takes_no_guest_back_later(guest: LiveGuest, guard: Process, tmpfs_path: Path) -> None:
+    """Whoever asked it in vain may let the guest run by himself."""
+
+    async def ask() -> None:
+        monitor, link = await Monitor.connect(guest.monitor), GuardLink(tmpfs_path / "guard")
+        link.freeze(str(guest.monitor), monitor.fileno(), LONG_S)
+        os.kill(guard.pid, signal.SIGSTOP)
+        with pytest.raises(UnavailableError, match="does not answer"):
+            link.revert(str(guest.monitor), {})
+        link.close()
+        await monitor.close()
+
+    asyncio.run(ask())
+    wait_until(lambda: psutil.Process(guard.pid).status() == psutil.STATUS_ZOMBIE, "the guard to be gone")

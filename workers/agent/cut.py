@@ -73,6 +73,8 @@ class Vm:
         self.turn = asyncio.Lock()
         self.guard = guard
         self.journal = journal
+        self._is_held = False
+        """The guard was told of a stop, and nobody has heard the guest say that it runs since."""
         self._armed: bool | None = None
         """Whether the guest ran when the journal was written for its next stop; None: it was not."""
 
@@ -100,6 +102,7 @@ class Vm:
     ) -> Frozen:
         """As it is then: what did not run when it was armed is not stopped, though its user may have continued it."""
         if running:
+            self._is_held = True
             told = partial(self.guard.freeze, self._name, self.monitor.fileno(), ends_at - time.monotonic(), cancel)
             try:
                 await asyncio.get_running_loop().run_in_executor(_guards, told)
@@ -190,9 +193,14 @@ class Vm:
         with suppress(UnavailableError):  # a guard that is gone or hangs lets the guest run, too
             await asyncio.to_thread(self.guard.thawed, self._name)
         await asyncio.to_thread(self.journal.erase, self.monitor.path)
+        self._is_held = False
 
     async def close(self) -> None:
-        """Give monitor and guard back."""
+        """Give monitor and guard back. A guest that has not said that it runs is the guard's from now on: QEMU would
+        drop what it has not read of a connection that has ended."""
+        if self._is_held:
+            with suppress(UnavailableError):  # the journal remembers it
+                await asyncio.to_thread(self.guard.leave, self._name, self.monitor.fileno())
         await self.monitor.close()
         self.guard.close()
 
@@ -220,8 +228,7 @@ async def let_run(journal: Journal) -> list[str]:
             continue
         else:
             try:
-                await _cancel_mirrors(monitor)
-                await monitor.execute("cont")
+                await resume(monitor)
                 done.append(f"let {path} run, which stood still since its agent was killed")
             except FlushpointError as error:
                 done.append(f"cannot let {path} run: {error}")
@@ -230,6 +237,12 @@ async def let_run(journal: Journal) -> list[str]:
                 await monitor.close()
         journal.erase(path)
     return done
+
+
+async def resume(monitor: Monitor) -> None:
+    """Of a guest that may stand still: it runs where it is, and no write of it waits for a job. GuestSilentError."""
+    await _cancel_mirrors(monitor)
+    await monitor.execute("cont")
 
 
 def _refuse_changed(blocks: Sequence[Mapping[str, Any]], parts: Sequence[Part]) -> None:

@@ -8,7 +8,8 @@
       freeze-files NAME, deadline, one of the guest agent's connection       before its file systems are frozen
       revert NAME, drives                                                    let it run now, on what it was attached to
       thawed NAME                                                            after the answer to `cont`, or to the thaw
-      leave NAME, a duplicate                                                that answer did not come: the guard's now
+      leave NAME, a duplicate                                                that answer did not come: the guard's now,
+                                                                             and nobody else reads there any more
       (the connection ends)                                                  the agent is gone: all its guests, at once
 
 A monitor has one client, so the guard never connects to one: it holds a duplicate of the descriptor the agent speaks
@@ -43,6 +44,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
@@ -50,8 +52,10 @@ from coordinator.settings import load_settings
 from workers.agent.held import GUEST_AGENT, MONITOR, Held, Words, attaching, cancelling
 
 MESSAGE_BYTES = 65536
-GONE_S = 0.1
-"""Between the end of a process's connections and its own."""
+GONE_S = 2.0
+"""Between the end of a process's connections and its own, at most."""
+_LOOK_S = 0.05
+"""How often to look whether it has ended."""
 _PEER = struct.Struct("iII")
 END_S = 2.0
 """How long a guard that is told to end waits for answers."""
@@ -71,6 +75,7 @@ class Guard:
         """Their pidfds, -1 where there is none."""
         self._orphans: dict[socket.socket, Held] = {}
         """By their connections: those that no agent uses any more."""
+        self._ending: list[_Ending] = []
         self._selector = selectors.DefaultSelector()
         self._listener = _listen(path)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -90,6 +95,7 @@ class Guard:
                 self._read_answer(self._orphans[ready])
             else:
                 self._hear(ready)
+        self._look_at_ending()
         self._thaw_overdue()
 
     def close(self) -> None:
@@ -102,6 +108,8 @@ class Guard:
             self._step(MONITOR.again_s)
         for freeze in self._freezes.values():
             freeze.connection.close()
+        for one in self._ending:
+            one.close()
         for process in self._agents.values():
             if process >= 0:
                 os.close(process)
@@ -112,7 +120,7 @@ class Guard:
 
     def _wait_s(self) -> float:
         ends_at = min((freeze.ends_at for freeze in self._all()), default=float("inf"))
-        return max(0.0, min(1.0, ends_at - time.monotonic()))
+        return max(0.0, min(_LOOK_S if self._ending else 1.0, ends_at - time.monotonic()))
 
     def _accept(self) -> None:
         agent, _ = self._listener.accept()
@@ -166,9 +174,7 @@ class Guard:
                 if key in self._freezes:
                     self._freezes.pop(key).connection.close()
             case "leave":
-                left = self._held(agent, name, GUEST_AGENT, descriptors, 0.0)
-                if key in self._freezes:
-                    self._freezes.pop(key).connection.close()
+                left = self._freezes.pop(key, None) or self._held(agent, name, GUEST_AGENT, descriptors, 0.0)
                 self._take_over(left, "its agent has not heard it say so")
             case other:
                 raise ValueError(f"a guard does not {other}")
@@ -211,23 +217,25 @@ class Guard:
         """Its connection has ended. If it has too, nobody could stop one of them again, and nobody else reads what QEMU
         says; else it goes on speaking on its monitors, and nobody else may read there."""
         process = self._agents.pop(agent)
-        if not any(freeze.agent == agent.fileno() for freeze in self._freezes.values()):
-            if process >= 0:
-                os.close(process)
-            return
-        is_gone = _has_ended(process)
-        for key, freeze in list(self._freezes.items()):
-            if freeze.agent != agent.fileno():
-                continue
-            del self._freezes[key]
-            if is_gone:
-                self._take_over(freeze, "its agent is gone")
-            else:
-                freeze.tell()
-                freeze.why = "its agent has left"
-                self._say(freeze.does)
-                freeze.connection.close()
-        self._thaw_overdue()
+        keys = [key for key, freeze in self._freezes.items() if freeze.agent == agent.fileno()]
+        ending = _Ending(process, [self._freezes.pop(key) for key in keys], time.monotonic() + GONE_S)
+        self._ending.append(ending)
+        self._look_at_ending()
+        for freeze in ending.held:
+            freeze.tell()
+            freeze.why = "its agent has left"
+            self._say(freeze.does)
+
+    def _look_at_ending(self) -> None:
+        """What agents have left is read by whoever is there: the guard, once its process has ended."""
+        for one in list(self._ending):
+            if one.has_ended():
+                for freeze in one.held:
+                    self._take_over(freeze, "its agent is gone")
+                one.held = []
+            if not one.held or time.monotonic() > one.lives_after:
+                self._ending.remove(one)
+                one.close()
 
     def _read_answer(self, freeze: Held) -> None:
         if freeze.is_done():
@@ -248,25 +256,39 @@ def _mapped(words: object) -> dict[str, str]:
     return {str(path): str(node) for path, node in words.items()}
 
 
-def _process_of(agent: socket.socket) -> int:
+def _process_of(peer: socket.socket) -> int:
     """A pidfd of the process at the other end, -1 if it cannot be had (pidfd_open(2))."""
-    pid, _, _ = _PEER.unpack(agent.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    pid, _, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     try:
         return os.pidfd_open(pid)
     except OSError:
         return -1
 
 
-def _has_ended(process: int) -> bool:
-    """Of one that is not known: yes. Connections end a moment before their process does."""
-    if process < 0:
-        return True
-    waiting = select.poll()
-    waiting.register(process, select.POLLIN)
-    try:
-        return bool(waiting.poll(GONE_S * 1000))
-    finally:
-        os.close(process)
+@dataclass(slots=True)
+class _Ending:
+    """An agent whose connection has ended, so that its process has or is about to; or it lives on."""
+
+    process: int
+    """A pidfd, -1 where there is none."""
+    held: list[Held]
+    """Told to run. QEMU may notice the end of a connection before it has read that, so the last one who has a
+    descriptor reads the answer."""
+    lives_after: float
+    """Monotonic: a process that is there then has closed its connection and no more, and reads what QEMU says."""
+
+    def has_ended(self) -> bool:
+        if self.process < 0:
+            return True
+        waiting = select.poll()
+        waiting.register(self.process, select.POLLIN)
+        return bool(waiting.poll(0))
+
+    def close(self) -> None:
+        for freeze in self.held:
+            freeze.connection.close()
+        if self.process >= 0:
+            os.close(self.process)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -287,6 +309,19 @@ def _listen(path: Path) -> socket.socket:
     listener.listen(16)
     listener.setblocking(False)
     return listener
+
+
+def _end(process: int) -> None:
+    """One that hangs. It may be somebody else's, who lets nobody end it: then it is left."""
+    with contextlib.suppress(OSError):
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        ended.poll(GuardLink.TIMEOUT_S * 1000)
+
+
+class GuardSilentError(UnavailableError):
+    """It does not answer, and may do later what it was told."""
 
 
 class GuardLink:
@@ -319,8 +354,19 @@ class GuardLink:
 
     def revert(self, guest: str, drives: Mapping[str, str]) -> None:
         """Let it run, its devices (by path) attached to these nodes before; said when this returns, and `thawed` is to
-        follow. UnavailableError: it was let run before, or the guard does not answer and may do so later."""
-        self._ask({"do": "revert", "guest": guest, "drives": dict(drives)}, [])
+        follow. UnavailableError: it was let run before, or the guard has ended; then nobody says anything any more. One
+        that does not answer is ended for that: it might do it when it wakes, whatever the guest has written by then."""
+        with self._turn:
+            process = _process_of(self._socket) if self._socket is not None else -1
+            try:
+                self._say({"do": "revert", "guest": guest, "drives": dict(drives)}, [])
+                self._hear()
+            except GuardSilentError:  # its connection is open, so the process is no other
+                _end(process)
+                raise
+            finally:
+                if process >= 0:
+                    os.close(process)
 
     def freeze_files(self, guest: str, agent: int, deadline_s: float) -> None:
         """Before its file systems are frozen, by the connection to its own agent; else the same."""
@@ -379,10 +425,10 @@ class GuardLink:
         if not answer["ok"]:
             raise UnavailableError(f"the guard at {self._path} refused: {answer['error']}", "look at its log")
 
-    def _silent(self, error: OSError) -> UnavailableError:
+    def _silent(self, error: OSError) -> GuardSilentError:
         self.close()  # a late answer would be taken for that of the next question
         why = error.strerror or str(error)
-        return UnavailableError(f"the guard at {self._path} does not answer ({why})", "look at its log")
+        return GuardSilentError(f"the guard at {self._path} does not answer ({why})", "look at its log")
 
 
 def main() -> int:

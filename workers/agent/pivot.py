@@ -20,12 +20,12 @@ from __future__ import annotations
 import asyncio
 import stat
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
@@ -239,22 +239,32 @@ class PivotingMachine:
         except NotMovedError:
             raise
         except FlushpointError as error:
-            where = "where it was" if await self._go_back(moves, frozen) else "on its targets"
+            where = "where it was" if await _to_its_end(self._go_back(moves, frozen)) else "on its targets"
             raise UnavailableError(f"it runs {where}, since {error.message}", error.remedy) from error
 
     async def _go_back(self, moves: Sequence[Move], frozen: Frozen) -> bool:
         """Whether it runs, or will, on what it was attached to before. A guest that runs already stays there: only
-        the guard knows, so it is the guard who says it. One that does not answer might say it later."""
+        the guard knows, so it is the guard who says it, or nobody but us is left who says anything."""
         drives = {move.disk.path: move.disk.node for move in moves}
         try:
             await asyncio.to_thread(self.vm.guard.revert, str(self.vm.monitor.path), drives)
         except UnavailableError:
-            if frozen.was_running and await self.vm.has_run(frozen, ANSWER_S):
+            if await self.vm.has_run(frozen, ANSWER_S):
                 return False
             sets = [{"path": path, "property": "drive", "value": node} for path, node in drives.items()]
             again: list[Command] = [("cont", {})] if frozen.was_running else []
             self.vm.monitor.say([*(("qom-set", one) for one in sets), *again])
         return True
+
+
+async def _to_its_end(step: Coroutine[Any, Any, bool]) -> bool:
+    """Though the agent is told to end meanwhile: it would let the guest run beside what the guard was told."""
+    at_work = asyncio.ensure_future(step)
+    try:
+        return await asyncio.shield(at_work)
+    except asyncio.CancelledError:
+        await asyncio.wait([at_work])
+        raise
 
 
 def _facts(moved_at: float, stood_s: float) -> CutFacts:

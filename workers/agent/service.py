@@ -30,7 +30,7 @@ from coordinator.model.bitmap import Owner, Tracking, all_of, leftovers
 from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.access import Access
-from workers.agent.cut import Part, Vm, let_run
+from workers.agent.cut import Part, Vm, let_run, resume
 from workers.agent.feed import AGAIN_S, Feed
 from workers.agent.files import thaw_left
 from workers.agent.guard import GuardLink
@@ -328,6 +328,9 @@ class Agent:
                     guard.close()
                     raise
                 await self._clear_guest(vm)
+                if path in self._journal.frozen():  # whoever held its monitor before has not heard it say that it runs
+                    await resume(vm.monitor)
+                    await asyncio.to_thread(self._journal.erase, path)
                 self._vms[path] = vm
             return self._vms[path]
 
