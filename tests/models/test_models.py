@@ -1,7 +1,7 @@
 """The models, searched by spin: each holds, and each of its mutations is found out.
 
 collection.pml: who may remove what from a repository. barrier.pml: the barrier of a group's epoch. rotation.pml: which
-bitmaps tell what was written. decide.pml: how an epoch is decided.
+bitmaps tell what was written. decide.pml: how an epoch is decided. pivot.pml: how guests move to targets.
 
 A scenario is searched to its end: every order in which its processes can act. All of them in one would be far too many
 states, so each scenario has what some rule is about. To look at what spin has found: see CONTRIBUTING.md.
@@ -181,7 +181,37 @@ DECIDE = Model(
     },
     defaults=frozenset({"LAST"}),
 )
-MODELS = (COLLECTION, BARRIER, ROTATION, DECIDE)
+PIVOT = Model(
+    "pivot",
+    scenarios={
+        "all may be late": ("STORMS=3",),
+        "agents that die": ("KILLS=1", "LEAVES=1"),
+        "agents and guards that die": ("KILLS=1", "CRASHES=1", "FAILS=1"),
+        "targets and monitors that do not answer": ("FAILS=3", "SILENT=3"),
+        "a ledger that forgets": ("LOSSES=1", "KILLS=1", "STORMS=1"),
+        "a ledger that forgets, without a file": ("LOSSES=1", "FLUSHES=0"),
+    },
+    mutations={
+        # what the ledger keeps, and the coordinator concludes
+        "NOT_FLUSHED": "a ledger that forgets",
+        "FLUSHED_BY_THE_LAST": "a ledger that forgets",
+        "GO_NOT_LOOKED_AT": "all may be late",
+        # what an agent does
+        "MOVES_UNASKED": "all may be late",
+        "NO_CONFIRM": "all may be late",
+        "UNREFUSED": "a ledger that forgets, without a file",
+        "ONLY_CONT_AT_START": "agents and guards that die",
+        "BESIDE_A_GUARD": "agents and guards that die",
+        "GOES_BACK_BY_ITSELF": "targets and monitors that do not answer",
+        "ASKED_IN_VAIN": "targets and monitors that do not answer",
+        "LETS_RUN_UNANSWERED": "targets and monitors that do not answer",
+        # what a guard does
+        "GUARD_ONLY_CONT": "agents that die",
+        "REVERTS_WHAT_RAN": "targets and monitors that do not answer",
+        "CLOSES_UNREAD": "targets and monitors that do not answer",
+    },
+)
+MODELS = (COLLECTION, BARRIER, ROTATION, DECIDE, PIVOT)
 
 pytestmark = pytest.mark.needs("spin", "gcc")
 
