@@ -23,7 +23,8 @@ Times are whole milliseconds of the ledger's clock: one clock decides which arri
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+import posixpath
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -31,6 +32,7 @@ from pydantic.alias_generators import to_camel
 
 from coordinator.model.errors import NotFoundError, RefusedError, UsageError
 from coordinator.model.repository_uri import is_name
+from coordinator.model.uri import parse
 
 
 class Phase(enum.StrEnum):
@@ -111,7 +113,7 @@ class Consistency(enum.StrEnum):
 
 
 class Participant(BaseModel):
-    """A virtual machine with disks in the group, in the words of the file that people write."""
+    """A virtual machine with disks in the group, or bare disks, in the words of the file that people write."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True, serialize_by_alias=True
@@ -122,10 +124,15 @@ class Participant(BaseModel):
     host: str
     """Whose agent drives it."""
     qmp: str = ""
-    """Path of its monitor on that host."""
+    """Path of its monitor on that host; "": these are bare disks, which are always taken from their images."""
     guest_agent: str = ""
     """Path of the socket of its guest agent there; "": it has none."""
     disks: tuple[str, ...] = Field(min_length=1)
+    images: Mapping[str, str] = Field(
+        default_factory=dict,
+        exclude_if=lambda images: not images,
+        description="by disk, the path or file URI of its image there: where it is while no guest is at the monitor",
+    )
 
     @model_validator(mode="after")
     def _names_are_well_formed(self) -> Self:
@@ -135,6 +142,30 @@ class Participant(BaseModel):
         if len(set(self.disks)) < len(self.disks):
             raise ValueError(f"a disk of {self.vm} is named twice")
         return self
+
+    @model_validator(mode="after")
+    def _images_are_of_its_disks(self) -> Self:
+        if self.images and (astray := sorted(self.images.keys() ^ set(self.disks))):
+            raise ValueError(f"images of {self.vm}: {astray[0]} is no disk of it, or has no image: name one of each")
+        for disk, image in self.images.items():
+            if parse(image).kind != "file":
+                raise ValueError(f"images of {self.vm}: {image} is no file and no block device of {self.host}")
+            if not disk[0].isalpha():
+                raise ValueError(f"{disk!r} has an image, so its name has to begin with a letter: QEMU is told it")
+        return self
+
+    def places(self, disk: str) -> tuple[str, ...]:
+        """Where a disk is found, each by itself: of two disks that are one, whatever people call them, a place is the
+        same."""
+        device = [f"{self.host} {self.qmp} {disk}"] if self.qmp else []
+        image = [f"{self.host}:{_path_of(self.images[disk])}"] if disk in self.images else []
+        return (*device, *image)
+
+    def only(self, disks: Iterable[str]) -> Self:
+        """It with no others than these of its disks."""
+        kept = tuple(disks)
+        images = {disk: image for disk, image in self.images.items() if disk in kept}
+        return self.model_copy(update={"disks": kept, "images": images})
 
 
 class EpochSpec(BaseModel):
@@ -341,6 +372,10 @@ class Epoch(BaseModel):
     def standing(self, now_ms: int) -> Standing:
         left_ms = max(0, _ends_ms(self) - now_ms) if self.phase in _AWAITED else 0
         return Standing(phase=self.phase, key=self.key, why=self.why, left_ms=left_ms)
+
+
+def _path_of(image: str) -> str:
+    return posixpath.normpath(f"/{parse(image).path.lstrip('/')}")
 
 
 def open_epoch(group: str, number: int, spec: EpochSpec, now_ms: int) -> Epoch:

@@ -161,12 +161,21 @@ class GroupSpec(_Words):
         names = [member.vm for member in self.members]
         if len(set(names)) < len(names):
             raise ValueError(f"the machine {max(names, key=names.count)} is named twice: name all its disks at once")
-        monitors = [(member.host, member.qmp) for member in self.members]
+        monitors = [(member.host, member.qmp) for member in self.members if member.qmp]
         if len(set(monitors)) < len(monitors):
             raise ValueError("two machines have one monitor: name all disks of a machine at once")
+        places = [place for member in self.members for disk in member.disks for place in member.places(disk)]
+        if len(set(places)) < len(places):
+            raise ValueError(f"two disks have one image, {max(places, key=places.count)}: name it once")
         for member in self.members:
-            if not member.qmp.startswith("/"):
+            if not member.qmp and not member.images:
+                raise ValueError(
+                    f"{member.vm} has neither qmp nor images: name its monitor, its disks' images, or both"
+                )
+            if member.qmp and not member.qmp.startswith("/"):
                 raise ValueError(f"qmp of {member.vm} is no absolute path of a monitor's socket on {member.host}")
+            if member.guest_agent and not member.qmp:
+                raise ValueError(f"{member.vm} has a guestAgent and no qmp: of bare disks nobody freezes file systems")
             if member.guest_agent and not member.guest_agent.startswith("/"):
                 raise ValueError(f"guestAgent of {member.vm} is no absolute path of a socket on {member.host}")
         return self
@@ -354,12 +363,11 @@ def respecified(group: GroupRecord, spec: GroupSpec) -> GroupRecord:
     new = set(spec.mirror.targets.values()) if spec.mirror is not None else set()
     if spec != group.spec and (live := sorted(new.intersection(group.live))):
         raise RefusedError(f"a guest of group {group.name!r} runs on {live[0]}", "name another target")
-    stay = {(m.host, m.qmp, disk) for m in spec.members for disk in m.disks}
+    stay = {place for m in spec.members for disk in m.disks for place in m.places(disk)}
     leaving = []
     for member in (*group.leaving, *group.spec.members):
-        disks = tuple(disk for disk in member.disks if (member.host, member.qmp, disk) not in stay)
-        gone = member.model_copy(update={"disks": disks})
-        if disks and gone not in leaving:
+        gone = member.only(disk for disk in member.disks if stay.isdisjoint(member.places(disk)))
+        if gone.disks and gone not in leaving:
             leaving.append(gone)
     targets = spec.mirror.targets if spec.mirror is not None else {}
     mirrors = {disk: state for disk, state in group.mirrors.items() if targets.get(disk) == state.target}
@@ -427,6 +435,11 @@ def told_to_complete(group: GroupRecord, request: str, *, pivots: bool, downtime
         raise RefusedError(f"group {group.name!r} is paused", "resume it first")
     if group.completed:
         raise RefusedError(f"group {group.name!r} is complete", "resume it, or apply it with something else to do")
+    if pivots and (bare := [member.vm for member in group.spec.members if not member.qmp]):
+        raise RefusedError(
+            f"{bare[0]} of group {group.name!r} has no monitor, so nobody there could go on with its targets",
+            "take it out of the group, or complete it without a pivot",
+        )
     if pivots and not group.spec.written_targets:
         what = "its targets are staged" if group.spec.mirror is not None else "it has no targets"
         raise RefusedError(
@@ -437,15 +450,17 @@ def told_to_complete(group: GroupRecord, request: str, *, pivots: bool, downtime
 
 def shared_disk(one: GroupRecord, other: GroupRecord) -> str:
     """A disk that is in both groups, as VM/DISK of the first; "" if there is none. A monitor is one machine, however
-    it is called. What the other's round at work began with is still in it."""
+    it is called, and an image one disk. What the other's round at work began with is still in it."""
     specs = (other.spec, *((other.round.spec,) if other.round else ()))
-    theirs = {(m.host, m.qmp, disk) for spec in specs for m in spec.members for disk in m.disks}
+    theirs = {place for spec in specs for m in spec.members for disk in m.disks for place in m.places(disk)}
     for member in one.spec.members:
         for disk in member.disks:
-            if (member.host, member.qmp, disk) in theirs:
+            if not theirs.isdisjoint(member.places(disk)):
                 return f"{member.vm}/{disk}"
     return ""
 
 
 def share_a_machine(one: GroupSpec, other: GroupSpec) -> bool:
-    return not {(m.host, m.qmp) for m in one.members}.isdisjoint((m.host, m.qmp) for m in other.members)
+    """Whether a guest could be stopped by both. Of bare disks nobody is stopped, and none is in two groups."""
+    ours, theirs = ({(m.host, m.qmp) for m in spec.members if m.qmp} for spec in (one, other))
+    return not ours.isdisjoint(theirs)

@@ -90,7 +90,8 @@ def group(name: GroupArgument, as_json: output.JsonOption = False) -> None:
     for disk, (done, size) in found.seeding.items():
         print(f"  seeding {disk}: {output.size_text(done)} of {output.size_text(size)}")
     for member in found.spec.members:
-        print(f"  {member.vm} on {member.host} ({member.qmp}): {', '.join(member.disks)}")
+        where = member.qmp or ", ".join(member.images.values())
+        print(f"  {member.vm} on {member.host} ({where}): {', '.join(member.disks)}")
     rows = [
         (
             f"{name}@{outcome.number}" if outcome.number else "-",
