@@ -54,10 +54,18 @@ class Image:
 
     def node(self) -> dict[str, Any]:
         """The chain as a QAPI BlockdevOptions that leaves nothing to the images' headers."""
-        node: dict[str, Any] = {"driver": self.format, "file": {"driver": "file", "filename": self.path}}
+        node: dict[str, Any] = {
+            "driver": self.format,
+            "file": {"driver": protocol_of(self.path), "filename": self.path},
+        }
         if self.format == "qcow2":
             node["backing"] = self.backing.node() if self.backing else None
         return node
+
+
+def protocol_of(path: str) -> Literal["file", "host_device"]:
+    """QEMU's driver for it: `file` does not open a block device."""
+    return "host_device" if Path(path).is_block_device() else "file"
 
 
 def inspect(path: str, access: Access) -> Image:
