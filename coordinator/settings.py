@@ -56,8 +56,8 @@ class Settings(BaseSettings):
     worker_budget_s: float = Field(default=60.0, gt=0)
     """How long a woken worker goes on claiming before it gives its slot back to the broker."""
     allowed_roots: Annotated[tuple[str, ...], NoDecode] = ()
-    """Directories under which a worker reads and writes files, and an agent lets guests go on with other images; none:
-    no files at all. As text /a:/b or JSON."""
+    """Directories under which a worker reads and writes files, and an agent lets guests go on with other images and
+    finds those of machines that are off; none: no files at all. As text /a:/b or JSON."""
     cache_dir: str = ""
     """Where a worker remembers which blocks a repository holds already; "": it does not, and stores them once more."""
     allowed_endpoints: Annotated[tuple[str, ...], NoDecode] = ()

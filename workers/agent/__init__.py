@@ -2,6 +2,7 @@
 
     Monitor   one QMP connection: commands of an allow-list, every answer bounded in time, events in their order
     guest     what a monitor tells of a guest: its disks, their nodes, bitmaps and IOThreads
+    standin   has the disks of a machine that is off, and is cut in its place
     files     freezes a guest's file systems through its own agent before the cut, if that can be
     cut       stops a guest, puts a view of every disk in place, lets it run again
     stage     the image that a view is copied to, and that everybody else reads

@@ -23,7 +23,7 @@ from typing import Any
 from coordinator.model.bitmap import Rotation
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
 from workers.agent.guard import GuardLink
-from workers.agent.guest import OURS
+from workers.agent.guest import OURS, GuestDisk
 from workers.agent.journal import Journal
 from workers.agent.monitor import ANSWER_S, Command, GuestRefusedError, GuestSilentError, Monitor
 from workers.agent.views import View, inserting
@@ -66,6 +66,9 @@ class Vm:
     """A guest under its monitor. `order` is held by whoever stops, continues or finalizes a job: with an IOThread, QEMU
     aborts if a job ends just when it is stopped or continued. `turn` is an epoch's from its look at the bitmaps until
     it has cut or given up: were another to cut in between, what is written then would go to a bitmap of that one's."""
+
+    is_off = False
+    """Whether nobody runs it, and a QEMU of the agent's own has its disks (standin.py)."""
 
     def __init__(self, monitor: Monitor, guard: GuardLink, journal: Journal) -> None:
         self.monitor = monitor
@@ -194,6 +197,10 @@ class Vm:
             await asyncio.to_thread(self.guard.thawed, self._name)
         await asyncio.to_thread(self.journal.erase, self.monitor.path)
         self._is_held = False
+
+    def forgets(self, disk: GuestDisk) -> bool:
+        """Whether a bitmap that is added now ends with the epoch, so that it tells the next one nothing."""
+        return self.is_off and not disk.keeps_bitmaps
 
     async def close(self) -> None:
         """Give monitor and guard back. A guest that has not said that it runs is the guard's from now on: QEMU would

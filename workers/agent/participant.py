@@ -30,11 +30,14 @@ from workers.agent.moves import runs_on
 from workers.agent.muster import Moment, Muster
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
+from workers.agent.standin import refuse_other_image
 from workers.agent.views import prepare, remove
 from workers.failpoint import pass_point
 
 MUSTER_SHARE = 0.25
 """Of the deadline, for which a machine that could be stopped waits for others of its host."""
+FORGETS = "its image keeps no bitmap while nobody runs it: it is raw, or qcow2 with compat=0.10"
+OFF = "no guest ran, and how the last one left its file systems is not known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +93,17 @@ class Machine:
     async def _prepare(self, epoch: Epoch, parts: list[Part]) -> None:
         """Adds to `parts` what is there, so that it can be dropped after an error."""
         guest = await look_at(self.vm.monitor)
-        spec, left = epoch.spec, self._room.left()
-        for name in epoch.participant(self.name).disks:
+        spec, left, mine = epoch.spec, self._room.left(), epoch.participant(self.name)
+        for name in mine.disks:
             disk = guest.disk(name)
+            if name in mine.images and not self.vm.is_off:
+                refuse_other_image(disk, mine.images[name])
             if (target := spec.targets.get(f"{self.name}/{name}")) and runs_on(disk, target):
                 raise RefusedError(f"the guest runs on {target}, which would be written", "name another target")
             parent = spec.parent(self.name, name)
             owner = Owner(spec.repository, epoch.group, f"{self.name}/{name}")
             resized = spec.sizes.get(owner.disk, disk.size) != disk.size
-            useless = "the disk has changed its size" if resized else ""
+            useless = "the disk has changed its size" if resized else FORGETS if self.vm.forgets(disk) else ""
             rotation = rotate(disk.tracking(), owner, parent, epoch.number, useless)
             left -= disk.dirty(rotation.changed)
             if left < 0:  # after a long outage, say: the whole disk goes in parts, and what was written does not
@@ -113,6 +118,8 @@ class Machine:
         guard, journal = self.vm.guard, self.vm.journal
         if epoch.spec.consistency is Consistency.CRASH:
             return FileSystems(None, guard, journal)
+        if self.vm.is_off:
+            return FileSystems(None, guard, journal, OFF)
         timeout_s = min(ANSWER_S, epoch.spec.prepare_ms / 1000 / 2)  # a silent one must not be what ends the epoch
         path = epoch.participant(self.name).guest_agent
         return await FileSystems.open(path, self._sockets, guard, journal, timeout_s)

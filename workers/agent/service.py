@@ -45,6 +45,7 @@ from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
 from workers.agent.stage import clear, forget, stage
+from workers.agent.standin import StandIns
 from workers.agent.views import remembered, remove
 from workers.failpoint import pass_point
 
@@ -81,6 +82,7 @@ class Agent:
         self._sockets = sockets
         self._access = access
         self._relay = relay
+        self._standins = StandIns(room.directory, access, guard, journal)
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
         self._connecting: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -91,6 +93,7 @@ class Agent:
         """`ready` is called when what was left behind is cleared up."""
         for sentence in [*await let_run(self._journal), *await thaw_left(self._journal, self._guard)]:
             log.warning(sentence)
+        await asyncio.to_thread(self._standins.clear)
         await self._clear_guests()
         if self._relay is not None:
             await self._relay.start()
@@ -146,10 +149,10 @@ class Agent:
         await asyncio.gather(*(self._drive(epoch, participant, muster) for participant in ours))
 
     async def _drive(self, epoch: Epoch, participant: Participant, muster: Muster) -> None:
-        said = log.bind(epoch=epoch.name, vm=participant.vm)
+        said, off = log.bind(epoch=epoch.name, vm=participant.vm), AsyncExitStack()
         try:
-            vm = await self._vm(self._sockets.checked(participant.qmp))
             self._room.refuse_unless_enough()
+            vm = await self._guest(epoch, participant, off)
             machine: Machine | PivotingMachine
             if epoch.spec.pivots:
                 machine = PivotingMachine(participant.vm, vm, self._room, self._access, muster)
@@ -158,14 +161,17 @@ class Agent:
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
             muster.leave(participant.vm)
+            await off.aclose()
             await self._fail(epoch, participant.vm, error)
             return
         try:
-            taken = await machine.take_part(epoch, self._barrier, self._feed)
-            said.info("moved" if epoch.spec.pivots else "cut", freeze_ms=round(taken.facts.freeze_ms, 1))
-            if taken.facts.fallback:
-                said.warning("crash-consistent only", why=taken.facts.fallback)
-            await self._make_readable(epoch, participant, vm, taken)
+            async with off:
+                taken = await machine.take_part(epoch, self._barrier, self._feed)
+                said.info("moved" if epoch.spec.pivots else "cut", freeze_ms=round(taken.facts.freeze_ms, 1))
+                if taken.facts.fallback:
+                    said.warning("crash-consistent only", why=taken.facts.fallback)
+                copies = await self._staged(epoch, participant, vm, taken)
+            await self._make_readable(epoch, participant, taken, copies)
             said.info("staged")
         except AbortedError as error:
             said.info(error.message)
@@ -191,9 +197,10 @@ class Agent:
             else:
                 return
 
-    async def _make_readable(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> None:
+    async def _make_readable(
+        self, epoch: Epoch, participant: Participant, taken: Taken, copies: tuple[DiskCopy, ...]
+    ) -> None:
         """Whatever fails here ends the epoch; a ledger that is away is waited for."""
-        copies = await self._staged(epoch, participant, vm, taken)
         pass_point("between-stage-and-readable")
         give_up_at = time.monotonic() + STAGE_S
         standing = taken.standing
@@ -253,19 +260,23 @@ class Agent:
     async def _remove_bitmaps(self, point: Epoch) -> None:
         """Those that nobody needs beside the ones that record since this point."""
         for one in point.on(self._host):
-            await self._remove(point, one, lambda tracking, owner: leftovers(tracking, owner, point.number))
+            if one.qmp:
+                with suppress(NotFoundError):  # it is off by now, and they go with its next point, as of bare disks
+                    vm = await self._vm(self._sockets.checked(one.qmp))
+                    await self._remove(vm, point, one, lambda tracking, owner: leftovers(tracking, owner, point.number))
         for one in point.spec.leaving:
             if one.host == self._host:
                 with suppress(FlushpointError):  # a machine that is gone keeps no other from being tidied
-                    await self._remove(point, one, all_of)
+                    async with AsyncExitStack() as off:
+                        await self._remove(await self._guest(point, one, off), point, one, all_of)
 
     async def _remove(
         self,
+        vm: Vm,
         point: Epoch,
         participant: Participant,
         which: Callable[[Sequence[Tracking], Owner], Sequence[str]],
     ) -> None:
-        vm = await self._vm(self._sockets.checked(participant.qmp))
         async with vm.turn:  # the next epoch may just have looked at them
             guest = await look_at(vm.monitor)
             for device in participant.disks:
@@ -313,6 +324,23 @@ class Agent:
         await self._clear_places(unheard)
 
     # -- guests --------------------------------------------------------------------------------------------
+
+    async def _guest(self, epoch: Epoch, participant: Participant, off: AsyncExitStack) -> Vm:
+        """The machine itself or, if it is off and its images are named, a stand-in until `off` is closed; what was not
+        removed from these while nobody had them is gone then. NotFoundError for one that is off and is to move to its
+        targets: nobody would go on there."""
+        if participant.qmp:
+            try:
+                return await self._vm(self._sockets.checked(participant.qmp))
+            except NotFoundError:
+                if not participant.images or epoch.spec.pivots:
+                    raise
+        vm = await off.enter_async_context(self._standins.open(participant))
+        points = epoch.spec.parents
+        await self._remove(
+            vm, epoch, participant, lambda all_, owner: leftovers(all_, owner, points.get(owner.disk, 0))
+        )
+        return vm
 
     async def _vm(self, path: Path) -> Vm:
         """Connected to anew if its guest was started again, and never by two epochs at once: a monitor does not greet

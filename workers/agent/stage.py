@@ -57,7 +57,9 @@ async def stage(vm: Vm, part: Part, slice_bytes: Callable[[], int], timeout_s: f
                     await merge(monitor, view, changed)
                     await _run(vm, view, view.access, name, BY_BITMAP)
                 if held < size:
-                    missing = range(held, min(size, held + slice_bytes()))
+                    # Of what will be forgotten each part would be the first one.
+                    part_bytes = size if vm.forgets(view.disk) else slice_bytes()
+                    missing = range(held, min(size, held + part_bytes))
                     source, target = await _windows(monitor, view, missing)
                     await _run(vm, view, source, target, {"sync": "full"})
                     held = missing.stop
