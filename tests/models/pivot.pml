@@ -13,7 +13,7 @@
  * Asserted, and that everybody comes to an end:
  *   P1  no guest runs on a target that lacks one of its writes, nor on its source once it has written the target
  *   P2  no pass writes a target that a guest is attached to, or that is just being made ready for it
- *   P3  who moves does so in an epoch whose go key never says ABORT
+ *   P3  who moves does so in an epoch whose go key never says ABORT, if the ledger forgets nothing
  *   P4  at the end all guests run, and no writes wait, if an agent or a guard was left to see to it
  *   P5  once all works, the next epochs bring all machines to their targets, if one of them is there; a group that is
  *       given up has all of them on their sources
@@ -21,9 +21,6 @@
  * How the barrier comes to its decision is in barrier.pml, which bitmaps tell what changed in rotation.pml: here a
  * machine has one disk, what it prepares is part of its stop, and READABLE is one with TAKEN. A user who lets a guest
  * run that stands still is left out.
- *
- * In four places this asks for more than the code does. What it does instead is in here as mutations: NOT_FLUSHED,
- * ASKED_IN_VAIN, LETS_RUN_UNANSWERED, CLOSES_UNREAD.
  *
  * test_models.py has the scenarios and the mutations (#ifdef), of which each has to be found out.
  */
@@ -44,16 +41,16 @@
 #ifndef FAILS /* machines whose targets may not answer, a bit each */
 #define FAILS 0
 #endif
-/* Machines whose monitors may not answer when they are let run, a bit each. Not with CRASHES: an agent that has let go of
-   one knows of it when it is started again, and not before. */
+/* Machines whose monitors may not answer when they are let run, a bit each. */
 #ifndef SILENT
 #define SILENT 0
 #endif
 #ifndef LOSSES /* 1: once, the ledger's server is restarted and has lost what came last */
 #define LOSSES 0
 #endif
-#ifndef FLUSHES /* 0: a ledger without an append-only file, or before WAITAOF. Then P3 and P5 are not promised. */
-#define FLUSHES 1
+
+#ifdef CLOSES_UNREAD
+#define GUARD_ALONE /* or what it has left undone is done by the agent */
 #endif
 
 #define ALL 3
@@ -69,7 +66,8 @@ byte epoch, phase = ABORTED;
 bool kind;
 byte arrived, cuts;              /* FROZEN, or what a pass wants of a machine; CUT. A bit a machine. */
 byte go, abort;                  /* epochs of which the go key says so; neither: OPEN */
-byte flushed;                    /* of which GO is on disk */
+byte doubtful;                   /* that another run of the server aborts */
+byte restarted;                  /* while they were open */
 bool awaited;                    /* the round has not come to an end by it yet */
 #define IS_OPEN (!((go | abort) & epoch))
 
@@ -97,7 +95,7 @@ bool calm;                       /* all works */
 /* What nobody stores. */
 byte moved;                      /* epochs in which a machine has moved */
 
-#define check_key() assert(!FLUSHES || !(moved & abort)) /* P3 */
+#define check_key() assert(LOSSES || !(moved & abort)) /* P3 */
 
 /* -- what is said to QEMU; `me` is the machine --------------------------------------------------------------------- */
 
@@ -140,14 +138,11 @@ inline abort_epoch() {
     :: else
     fi;
     phase = ABORTED; arrived = 0; cuts = 0;
+#ifndef RUN_NOT_LOOKED_AT
+    doubtful = doubtful | (restarted & epoch);
+#endif
     check_key()
 }
-
-#ifdef FLUSHED_BY_THE_LAST
-#define turned() is_last = true
-#else
-#define turned() skip
-#endif
 
 /* arrive.lua, of PREPARED and FROZEN */
 inline arrive() {
@@ -155,7 +150,7 @@ inline arrive() {
     :: mine == epoch && phase == OPENED ->
         arrived = arrived | me;
         if
-        :: arrived == ALL && kind == PIVOT -> go = go | epoch; phase = CUTTING; arrived = 0; turned()
+        :: arrived == ALL && kind == PIVOT -> go = go | epoch; phase = CUTTING; arrived = 0
         :: arrived == ALL && kind == PASS -> phase = READABLE; arrived = 0
         :: else
         fi
@@ -184,6 +179,11 @@ inline arrive_cut() {
     fi
 }
 
+/* What a guard knows of its machine. */
+inline drop() {
+    held = held & ~me; told = told & ~me; back = back & ~me; thanked = thanked & ~me; closed = closed & ~me
+}
+
 /* -- an agent: PivotingMachine, and Machine as far as a pass concerns the target ----------------------------------- */
 
 /* One step of an agent, before which it may be killed. Without the `true` an `else` at its beginning would be the else of
@@ -202,9 +202,6 @@ inline arrive_cut() {
 proctype Agent(byte me) {
     byte mine;
     bool goes, has_moved;
-#ifdef FLUSHED_BY_THE_LAST
-    bool is_last;
-#endif
 
 end:
 again:
@@ -250,20 +247,6 @@ arrives:
     OR_KILLED
     od;
 #endif
-    /* GO is to be on disk before anybody acts on it: or a ledger that is started again knows nothing of it, and tells the
-       others ABORT, and the coordinator that nobody has moved. Not only before whoever has turned the key acts, for the
-       others hear of it by news. That the key still says GO is asked in the script whose write is waited for. */
-#if FLUSHES && !defined(NOT_FLUSHED)
-    if
-#ifdef FLUSHED_BY_THE_LAST
-    :: goes && is_last ->
-#else
-    :: goes ->
-#endif
-        STEP(goes = (SAYS_GO != 0); flushed = flushed | (go & mine))
-    :: else
-    fi;
-#endif
     if
     :: atomic { at & me -> has_moved = goes; goes = false; goto tells }
     :: atomic { !(at & me) && goes -> goes = false }
@@ -290,11 +273,10 @@ arrives:
     goto let_run;
 
 go_back:
-    /* _go_back(). Once the guard has said `cont` the guest runs on its target, so it is asked, and its answer waited for,
-       however long it sleeps; who is told to end meanwhile leaves the guest to it. ASKED_IN_VAIN is what GuardLink.revert
-       does after a second: the guard may say `cont` between has_run() and what the agent says then. LETS_RUN_UNANSWERED is
-       thaw() of an agent that is cancelled there, or whose monitor does not answer has_run(): the guest runs on its target,
-       and then the guard hears what is in its queue, and takes it back. */
+    /* _go_back(). Once the guard has said `cont` the guest runs on its target, so it is asked; one that is silent for a
+       second is ended, and who is told to end meanwhile waits for that. ASKED_IN_VAIN: the guard is left alone, and may say
+       `cont` between has_run() and what the agent says then. LETS_RUN_UNANSWERED: the guest runs on its target, and then
+       the guard hears what is in its queue, and takes it back. */
 #ifndef GOES_BACK_BY_ITSELF
     STEP(asked = asked | me);
     if
@@ -302,6 +284,8 @@ go_back:
     :: atomic { no & me -> no = no & ~me }
 #ifdef ASKED_IN_VAIN
     :: atomic { asked & me && !calm -> closed = closed | (held & me) }
+#else
+    :: atomic { asked & me && !calm -> drop(); asked = asked & ~me }
 #endif
 #ifdef LETS_RUN_UNANSWERED
     :: atomic { asked & me && !calm -> goto let_run }
@@ -336,18 +320,20 @@ over:
     goto again;
 
 silent:
-    /* Agent._let_go(): monitor and guard are given back, and the next epoch connects anew. */
+    /* Agent._let_go(): monitor and guard are given back; _see_it_run() connects anew once the guard has, too. */
     STEP(closed = closed | (held & me));
+#ifndef GUARD_ALONE
+    STEP_WHEN(!((held | asked) & me), cancel(); cont());
+    STEP(journal = journal & ~me);
+#endif
     goto tells;
 
 pass:
     /* Machine._prepare */
-#ifndef UNREFUSED
     if
     :: at & me -> goto tells
     :: else
     fi;
-#endif
     STEP(arrive());
     goto over;
 
@@ -393,9 +379,6 @@ inline tell() {
     fi;
     cont()
 }
-inline drop() {
-    held = held & ~me; told = told & ~me; back = back & ~me; thanked = thanked & ~me; closed = closed & ~me
-}
 
 #ifdef REVERTS_WHAT_RAN
 #define TAKES_BACK (held & me)
@@ -422,8 +405,7 @@ end:
             fi
         }
 #ifdef CLOSES_UNREAD
-    /* The code waits for no answer where the agent lives, though that has let go of a monitor that was silent. When the
-       last descriptor is closed QEMU drops what it has not read. */
+    /* When the last descriptor is closed QEMU drops what it has not read. */
     :: atomic { HAS_LEFT -> drop() }
 #endif
     /* It is killed, and another one is started. */
@@ -455,12 +437,12 @@ proctype Coordinator() {
         :: atomic {
                 phase == READABLE || phase == ABORTED ->
                 awaited = false;
-                assert(!FLUSHES || !calm || phase == READABLE); /* P5 */
+                assert(!calm || phase == READABLE); /* P5 */
                 if
                 :: kind == PIVOT && phase == READABLE -> assert(at == ALL); goto completed
                 :: kind == PIVOT && phase == ABORTED ->
 #ifndef GO_NOT_LOOKED_AT
-                    went = went || (go & epoch); /* _may_have_gone */
+                    went = went || ((go | doubtful) & epoch); /* _may_have_gone */
 #endif
                     passed = false
                 :: kind == PASS && phase == READABLE ->
@@ -473,14 +455,14 @@ proctype Coordinator() {
         od
     :: atomic { storms == 0 && gone && (idle | gone) == ALL -> break } /* without that agent nothing comes of it */
     :: atomic { calm && phase == ABORTED -> break }                    /* TRIES */
-    :: atomic { storms == 0 && !went -> assert(!FLUSHES || !at); break } /* P5: given up, or told not to complete */
+    :: atomic { storms == 0 && !went -> assert(!at); break } /* P5: given up, or told not to complete */
     od;
 completed:
     skip
 }
 
 #if LOSSES
-/* Redis is started again, or another takes its place. What was flushed is there, and all that came before it. */
+/* Redis is started again, or another takes its place. */
 active proctype Restart() {
     byte before, phase_, arrived_, cuts_, go_, abort_;
 end:
@@ -490,7 +472,8 @@ end:
     }
 end_of_it:
     atomic {
-        epoch == before && phase != OPENED && awaited && !calm && !(flushed & before) ->
+        epoch == before && phase != OPENED && awaited && !calm ->
+        restarted = restarted | epoch;
         phase = phase_; arrived = arrived_; cuts = cuts_; go = go_; abort = abort_;
         before = 0; phase_ = 0; arrived_ = 0; cuts_ = 0; go_ = 0; abort_ = 0
     }

@@ -188,18 +188,16 @@ PIVOT = Model(
         "agents that die": ("KILLS=1", "LEAVES=1"),
         "agents and guards that die": ("KILLS=1", "CRASHES=1", "FAILS=1"),
         "targets and monitors that do not answer": ("FAILS=3", "SILENT=3"),
+        "monitors that do not answer, and guards that die": ("SILENT=3", "CRASHES=1"),
         "a ledger that forgets": ("LOSSES=1", "KILLS=1", "STORMS=1"),
-        "a ledger that forgets, without a file": ("LOSSES=1", "FLUSHES=0"),
     },
     mutations={
         # what the ledger keeps, and the coordinator concludes
-        "NOT_FLUSHED": "a ledger that forgets",
-        "FLUSHED_BY_THE_LAST": "a ledger that forgets",
+        "RUN_NOT_LOOKED_AT": "a ledger that forgets",
         "GO_NOT_LOOKED_AT": "all may be late",
         # what an agent does
         "MOVES_UNASKED": "all may be late",
         "NO_CONFIRM": "all may be late",
-        "UNREFUSED": "a ledger that forgets, without a file",
         "ONLY_CONT_AT_START": "agents and guards that die",
         "BESIDE_A_GUARD": "agents and guards that die",
         "GOES_BACK_BY_ITSELF": "targets and monitors that do not answer",
@@ -209,6 +207,7 @@ PIVOT = Model(
         "GUARD_ONLY_CONT": "agents that die",
         "REVERTS_WHAT_RAN": "targets and monitors that do not answer",
         "CLOSES_UNREAD": "targets and monitors that do not answer",
+        "GUARD_ALONE": "monitors that do not answer, and guards that die",
     },
 )
 MODELS = (COLLECTION, BARRIER, ROTATION, DECIDE, PIVOT)

@@ -87,6 +87,7 @@ class Agent:
         self._vms: dict[Path, Vm] = {}
         self._connecting: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._at_work: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._resuming: set[asyncio.Task[None]] = set()
         self._staging: dict[tuple[str, int], list[asyncio.Task[tuple[DiskCopy, ...]]]] = {}
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -113,7 +114,7 @@ class Agent:
         try:
             await self._feed.listen(position, self._told)
         finally:
-            tasks = [looking, *self._at_work.values()]
+            tasks = [looking, *self._at_work.values(), *self._resuming]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -368,6 +369,19 @@ class Agent:
         async with self._connecting[path]:
             if self._vms.get(path) is vm:
                 await self._vms.pop(path).close()
+        task = asyncio.create_task(self._see_it_run(path))
+        self._resuming.add(task)
+        task.add_done_callback(self._resuming.discard)
+
+    async def _see_it_run(self, path: Path) -> None:
+        """The guard lets it run, but may end before the guest listens."""
+        while path in self._journal.frozen():
+            try:
+                await self._vm(path)
+            except NotFoundError:
+                await asyncio.to_thread(self._journal.erase, path)
+            except FlushpointError:
+                await asyncio.sleep(AGAIN_S)
 
     async def _clear_guests(self) -> None:
         """Of views that were left: by an agent before this one, or with a guest that has ended since."""
