@@ -39,6 +39,15 @@ class ServedDisk(Protocol):
 
 
 @runtime_checkable
+class LayeredDisk(ServedDisk, Protocol):
+    """A disk of which only a part is its own, as of an image with a backing file."""
+
+    def depths(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """(length, depth) of consecutive ranges from `offset` on, with depths as in qemu:allocation-depth: 1 is the
+        disk's own, 0 nobody's; may end early, or reach past the range."""
+
+
+@runtime_checkable
 class WritableDisk(ServedDisk, Protocol):
     """A disk to be read and written. A flush on behalf of one client covers the writes of all (CAN_MULTI_CONN)."""
 

@@ -20,8 +20,8 @@ from structlog.typing import FilteringBoundLogger
 from coordinator.model.errors import DiskIOError
 from coordinator.model.extent import Extent, Status
 from workers.nbd import server_wire, wire
-from workers.nbd.served import ServedDisk
-from workers.nbd.server_handshake import ALLOCATION_ID, Agreed
+from workers.nbd.served import LayeredDisk, ServedDisk
+from workers.nbd.server_handshake import ALLOCATION_ID, DEPTH_ID, Agreed
 from workers.nbd.server_requests import MAX_BLOCK_BYTES, STATUS_COST_BYTES, Asked, Buffers
 from workers.nbd.wire import AllocationFlag, ChunkKind, Command, CommandFlag
 
@@ -83,7 +83,7 @@ class Answers:
         self._writable = agreed.writable
         self._size = agreed.disk.size
         self._structured = agreed.structured
-        self._allocation = agreed.allocation
+        self._contexts = agreed.contexts
         self._buffers = buffers
         self._log = log
         self._flags = dict(_FLAGS_OF)
@@ -197,15 +197,26 @@ class Answers:
         return Reply([server_wire.encode_simple_reply(asked.cookie)], asked.cost, asked.buffer)
 
     def _block_status(self, asked: Asked) -> Reply:
-        if not self._allocation:
+        if not self._contexts:
             raise _RefusedError(errno.EINVAL, "no meta context was negotiated")
         if asked.length == 0:
             raise _RefusedError(errno.EINVAL, "block status of nothing")
-        most = 1 if asked.flags & _REQ_ONE else MAX_DESCRIPTORS
-        runs = list(islice(_runs(self._disk.extents(asked.offset, asked.length), asked.offset, asked.length), most))
-        if not runs:
-            raise _gap(asked.offset)
-        return Reply([server_wire.encode_block_status(asked.cookie, ALLOCATION_ID, runs)], asked.cost)
+        most = 1 if asked.flags & _REQ_ONE else MAX_DESCRIPTORS // len(self._contexts)
+        parts: list[bytes | memoryview] = []
+        for context in self._contexts:
+            runs = list(islice(self._status(context, asked.offset, asked.length), most))
+            if not runs:
+                raise _gap(asked.offset)
+            done = context == self._contexts[-1]
+            parts.append(server_wire.encode_block_status(asked.cookie, context, runs, done=done))
+        return Reply(parts, asked.cost)
+
+    def _status(self, context: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        if context == ALLOCATION_ID:
+            return _runs(self._disk.extents(offset, length), offset, length)
+        assert context == DEPTH_ID
+        assert isinstance(self._disk, LayeredDisk)
+        return _joined(self._disk.depths(offset, length), length)
 
     def _error(self, asked: Asked, number: int, message: str) -> Reply:
         error = wire.nbd_error(number)
@@ -228,22 +239,30 @@ def _runs(extents: Iterable[Extent], offset: int, length: int) -> Iterator[tuple
 
     DiskIOError at a gap: every later run would be told at a wrong place, and clients leave out what reads as zeroes.
     """
-    at, end = offset, offset + length
-    held, held_flags = 0, 0
+    return _joined(_told(extents, offset), length)
+
+
+def _told(extents: Iterable[Extent], at: int) -> Iterator[tuple[int, int]]:
     for extent in extents:
         if extent.offset > at:
             raise _gap(at)
-        run = min(extent.end, end) - at
-        if run <= 0:
-            continue
-        at += run
-        flags = _ALLOCATION[extent.status]
+        if extent.end > at:
+            yield extent.end - at, _ALLOCATION[extent.status]
+            at = extent.end
+
+
+def _joined(runs: Iterable[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
+    """Neighbours of the same flags as one, at most `length` bytes in all."""
+    held, held_flags = 0, 0
+    for whole, flags in runs:
+        run = min(whole, length)
+        length -= run
         if flags == held_flags:
             held += run
-            continue
-        if held:
-            yield held, held_flags
-        held, held_flags = run, flags
+        elif run:
+            if held:
+                yield held, held_flags
+            held, held_flags = run, flags
     if held:
         yield held, held_flags
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.model.errors import UsageError
 from workers.nbd import server_wire, wire
-from workers.nbd.served import ServedDisk, WritableDisk
+from workers.nbd.served import LayeredDisk, ServedDisk, WritableDisk
 from workers.nbd.wire import (
     ALLOCATION_CONTEXT,
+    DEPTH_CONTEXT,
     BlockSizes,
     HandshakeFlag,
     Info,
@@ -33,6 +34,8 @@ from workers.nbd.wire import (
 
 ALLOCATION_ID = 1
 """The id of base:allocation in block status."""
+DEPTH_ID = 2
+"""And that of qemu:allocation-depth."""
 _READ_ONLY_FLAGS = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY | TransmissionFlag.CAN_MULTI_CONN
 _WRITABLE_FLAGS = (
     TransmissionFlag.HAS_FLAGS
@@ -77,12 +80,13 @@ def tls_context(tls: ServerTls) -> ssl.SSLContext:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What a client has opened, and how it is to be answered. `structured` and `allocation` are its choices."""
+    """What a client has opened, and how it is to be answered. `structured` and `contexts` are its choices."""
 
     export: str
     disk: ServedDisk
     structured: bool
-    allocation: bool
+    contexts: tuple[int, ...]
+    """Ids of the meta contexts that every block status is told by."""
 
     @property
     def writable(self) -> WritableDisk | None:
@@ -128,8 +132,8 @@ class Haggle:
         self._deadline = time.monotonic() + timeout_s
         self._structured = False
         self._no_zeroes = False
-        self._allocation_of: str | None = None
-        """The export base:allocation was set for: it holds for no other (proto.md, NBD_OPT_SET_META_CONTEXT)."""
+        self._contexts: tuple[str, tuple[int, ...]] = ("", ())
+        """Which were set for an export: they hold for no other (proto.md, NBD_OPT_SET_META_CONTEXT)."""
 
     def run(self) -> Agreed | None:
         """None if the client leaves politely. Raises ProtocolError, TimeoutError or another OSError."""
@@ -234,18 +238,17 @@ class Haggle:
         """A SET replaces what was set before even if it fails."""
         setting = option == Option.SET_META_CONTEXT
         if setting:
-            self._allocation_of = None
+            self._contexts = ("", ())
         if not self._structured:
             raise _OptionRefusedError(OptionReplyKind.ERR_INVALID, "meta contexts need structured replies")
         asked = server_wire.parse_meta_contexts(data)
-        self._known(asked.export)
-        matches = {ALLOCATION_CONTEXT} if setting else {ALLOCATION_CONTEXT, "base:"}
-        if matches.isdisjoint(asked.queries) and (setting or asked.queries):
-            return
+        offered = _offered(self._exports[self._known(asked.export)])
+        chosen = {name: number for name, number in offered.items() if _is_asked(name, asked.queries, setting=setting)}
         if setting:
-            self._allocation_of = asked.export
-        payload = server_wire.encode_meta_context(ALLOCATION_ID if setting else 0, ALLOCATION_CONTEXT)
-        self._answer(option, OptionReplyKind.META_CONTEXT, payload)
+            self._contexts = (asked.export, tuple(chosen.values()))
+        for name, number in chosen.items():
+            payload = server_wire.encode_meta_context(number if setting else 0, name)
+            self._answer(option, OptionReplyKind.META_CONTEXT, payload)
 
     def _known(self, export: str) -> str:
         if export not in self._exports:
@@ -253,7 +256,8 @@ class Haggle:
         return export
 
     def _agreed(self, export: str) -> Agreed:
-        return Agreed(export, self._exports[export], self._structured, self._allocation_of == export)
+        of, contexts = self._contexts
+        return Agreed(export, self._exports[export], self._structured, contexts if of == export else ())
 
     def _data(self, length: int) -> bytes:
         if length <= server_wire.MAX_OPTION_BYTES:
@@ -286,6 +290,19 @@ class Haggle:
         if left_s <= 0:
             raise TimeoutError
         return left_s
+
+
+def _offered(disk: ServedDisk) -> dict[str, int]:
+    """Meta contexts by name, with their ids."""
+    depth = {DEPTH_CONTEXT: DEPTH_ID} if isinstance(disk, LayeredDisk) else {}
+    return {ALLOCATION_CONTEXT: ALLOCATION_ID, **depth}
+
+
+def _is_asked(name: str, queries: Sequence[str], *, setting: bool) -> bool:
+    """Set by its whole name alone; listed by that, by its namespace, and where nothing is asked for."""
+    if setting:
+        return name in queries
+    return not queries or name in queries or f"{name.partition(':')[0]}:" in queries
 
 
 def _check_empty(data: bytes) -> None:

@@ -150,10 +150,12 @@ def encode_error(cookie: int, error: int, message: str) -> bytes:
     return encode_chunk(cookie, ChunkKind.ERROR, wire.ERROR_HEAD.pack(error, len(raw)) + raw)
 
 
-def encode_block_status(cookie: int, context_id: int, descriptors: Sequence[tuple[int, int]]) -> bytes:
-    """A BLOCK_STATUS chunk of (length, flags) descriptors."""
+def encode_block_status(
+    cookie: int, context_id: int, descriptors: Sequence[tuple[int, int]], *, done: bool = True
+) -> bytes:
+    """A BLOCK_STATUS chunk of (length, flags) descriptors; a reply has one for each context."""
     packed = b"".join(wire.STATUS_DESCRIPTOR.pack(*descriptor) for descriptor in descriptors)
-    return encode_chunk(cookie, ChunkKind.BLOCK_STATUS, wire.LENGTH.pack(context_id) + packed)
+    return encode_chunk(cookie, ChunkKind.BLOCK_STATUS, wire.LENGTH.pack(context_id) + packed, done=done)
 
 
 def _chunk_head(cookie: int, kind: ChunkKind, length: int, *, done: bool) -> bytes:

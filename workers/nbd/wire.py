@@ -76,6 +76,8 @@ DEFAULT_PREFERRED_BLOCK_BYTES = 4096
 
 
 ALLOCATION_CONTEXT = "base:allocation"
+DEPTH_CONTEXT = "qemu:allocation-depth"
+"""QEMU docs/interop/nbd.txt: 0 unallocated, 1 in the topmost image, more: deeper."""
 
 
 class ProtocolError(FlushpointError):

@@ -9,6 +9,7 @@ from itertools import groupby
 from coordinator.model.errors import DiskIOError
 from coordinator.model.extent import Extent, Status
 
+LAYER_BYTES = 1 << 20
 UNIT_BYTES = 4096
 """Granularity of holes."""
 
@@ -75,6 +76,17 @@ class MemoryDisk:
         first, last = offset // UNIT_BYTES, -(-(offset + length) // UNIT_BYTES)
         with self._lock:
             self._units[first:last] = bytes([status]) * (last - first)
+
+
+class LayeredMemoryDisk(MemoryDisk):
+    """Of which every second MiB, from the first on, is its own."""
+
+    def depths(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        end = offset + length
+        while offset < end:
+            until = (offset // LAYER_BYTES + 1) * LAYER_BYTES
+            yield until - offset, 1 - offset // LAYER_BYTES % 2
+            offset = until
 
 
 class GatedDisk(MemoryDisk):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from raw_client import RawClient, serving, unix
-from served_disks import FailingDisk, MemoryDisk
+from served_disks import FailingDisk, LayeredMemoryDisk, MemoryDisk
 from structlog.testing import capture_logs
 
 from coordinator.model.errors import DiskIOError, Next, RefusedError, UnavailableError, UsageError
@@ -242,6 +242,19 @@ def test_block_status_stops_early_and_is_continued(endpoint: Endpoint, disk: Mem
         rest = target.block_status("base:allocation", told, SIZE - told)
     assert first == [(1024, HOLE_AND_ZERO), (1024, DATA)] * (MAX_DESCRIPTORS // 2)
     assert sum(length for length, _ in first + rest) == SIZE
+
+
+def test_a_disk_of_layers_tells_its_own_beside_what_it_holds(tmpfs_path: Path) -> None:
+    disk, endpoint = LayeredMemoryDisk(4 * MIB, read_only=True), unix(tmpfs_path)
+    disk.fill(0, b"a" * MIB)
+    allocation, depth = "base:allocation", "qemu:allocation-depth"
+    with serving(endpoint, disk), connect(endpoint, contexts=[allocation, depth]) as both:
+        assert both.contexts == {allocation, depth}
+        assert both.block_status(depth, 0, 4 * MIB) == [(MIB, 1), (MIB, 0)] * 2
+        assert both.block_status(depth, MIB // 2, MIB) == [(MIB // 2, 1), (MIB // 2, 0)]
+        assert both.block_status(allocation, 0, 4 * MIB) == [(MIB, DATA), (3 * MIB, HOLE_AND_ZERO)]
+        with connect(endpoint, contexts=[depth]) as alone:
+            assert alone.block_status(depth, 0, 2 * MIB) == [(MIB, 1), (MIB, 0)]
 
 
 @pytest.mark.parametrize("extents", [[], [Extent(4096, SIZE, Status.HOLE)]])
