@@ -10,6 +10,7 @@
       thawed NAME                                                            after the answer to `cont`, or to the thaw
       leave NAME, a duplicate                                                that answer did not come: the guard's now,
                                                                              and nobody else reads there any more
+      watch NAME                                                             said by a reader, again and again
       (the connection ends)                                                  the agent is gone: all its guests, at once
 
 A monitor has one client, so the guard never connects to one: it holds a duplicate of the descriptor the agent speaks
@@ -22,6 +23,9 @@ writes would wait; or, where those images do not answer, to attach its devices t
 guard who says this, for it knows whether the guest runs already: an agent might be late, and lose what was written.
 It is the same with file systems, where all it ever says is that they be thawed, and asks whether they are. Nothing is
 said again while what was said before has not been read, so that a guest that hears nothing finds one command later.
+
+A reader of a guest's QEMU (reader.py) says that it lives. One that is silent is killed: what it leaves unread would
+keep QEMU from hearing `cont`.
 
 Of an agent that is gone the guard has the last descriptor, and reads the answer before it closes that: QEMU may notice
 the end of a connection first, and drop what it has not read of it.
@@ -50,6 +54,7 @@ from pathlib import Path
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
 from coordinator.settings import load_settings
 from workers.agent.held import GUEST_AGENT, MONITOR, Held, Words, attaching, cancelling
+from workers.agent.watched import Watched, has_hung_up
 
 MESSAGE_BYTES = 65536
 GONE_S = 2.0
@@ -76,6 +81,8 @@ class Guard:
         self._orphans: dict[socket.socket, Held] = {}
         """By their connections: those that no agent uses any more."""
         self._ending: list[_Ending] = []
+        self._watched: dict[socket.socket, Watched] = {}
+        """By their connections."""
         self._selector = selectors.DefaultSelector()
         self._listener = _listen(path)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -97,6 +104,7 @@ class Guard:
                 self._hear(ready)
         self._look_at_ending()
         self._thaw_overdue()
+        self._kill_silent()
 
     def close(self) -> None:
         """Nobody is left behind: agents that live still have their monitors, and what they froze is told to run."""
@@ -119,8 +127,9 @@ class Guard:
         self._selector.close()
 
     def _wait_s(self) -> float:
-        ends_at = min((freeze.ends_at for freeze in self._all()), default=float("inf"))
-        return max(0.0, min(_LOOK_S if self._ending else 1.0, ends_at - time.monotonic()))
+        due = self._due()
+        ends = [*(freeze.ends_at for freeze in self._all()), *(one.ends_at(due) for one in self._watched.values())]
+        return max(0.0, min(_LOOK_S if self._ending else 1.0, min(ends, default=float("inf")) - time.monotonic()))
 
     def _accept(self) -> None:
         agent, _ = self._listener.accept()
@@ -137,6 +146,7 @@ class Guard:
             data, descriptors = b"", []
         if not data:
             self._selector.unregister(agent)
+            self._watched.pop(agent, None)
             self._thaw_all_of(agent)
             agent.close()
             return
@@ -176,6 +186,10 @@ class Guard:
             case "leave":
                 left = self._freezes.pop(key, None) or self._held(agent, name, GUEST_AGENT, descriptors, 0.0)
                 self._take_over(left, "its agent has not heard it say so")
+            case "watch":
+                if self._agents[agent] < 0 or has_hung_up(agent):
+                    raise ValueError(f"the reader of {name} cannot be told from other processes")
+                self._watched[agent] = Watched(name, self._agents[agent], time.monotonic())
             case other:
                 raise ValueError(f"a guard does not {other}")
 
@@ -212,6 +226,17 @@ class Guard:
             if freeze.tell() and not freeze.is_told:
                 freeze.is_told = True
                 self._say(freeze.does)
+
+    def _due(self) -> frozenset[str]:
+        return frozenset(freeze.name for freeze in self._all() if freeze.is_told)
+
+    def _kill_silent(self) -> None:
+        due = self._due()
+        for connection, one in list(self._watched.items()):
+            if one.ends_at(due) <= time.monotonic():
+                one.kill()
+                del self._watched[connection]
+                self._say(f"killed what reads {one.guest}: it hangs")
 
     def _thaw_all_of(self, agent: socket.socket) -> None:
         """Its connection has ended. If it has too, nobody could stop one of them again, and nobody else reads what QEMU
@@ -371,6 +396,11 @@ class GuardLink:
     def freeze_files(self, guest: str, agent: int, deadline_s: float) -> None:
         """Before its file systems are frozen, by the connection to its own agent; else the same."""
         self._ask({"do": "freeze-files", "guest": guest, "deadline_s": deadline_s}, [agent])
+
+    def watch(self, guest: str) -> None:
+        """This process reads the guest's QEMU, and is to be killed unless it says so again every BEAT_S.
+        UnavailableError: it will not be."""
+        self._ask({"do": "watch", "guest": guest}, [])
 
     def thawed(self, guest: str) -> None:
         """After `cont`, or the thaw. UnavailableError: a guard that is gone has told everybody to run."""
