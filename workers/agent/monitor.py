@@ -43,6 +43,8 @@ ALLOWED = frozenset(
         "block-dirty-bitmap-enable",
         "block-dirty-bitmap-merge",
         "block-dirty-bitmap-remove",
+        "block-export-add",
+        "block-export-del",
         "blockdev-add",
         "blockdev-backup",
         "blockdev-del",
@@ -52,9 +54,12 @@ ALLOWED = frozenset(
         "job-complete",
         "job-dismiss",
         "job-finalize",
+        "nbd-server-start",
+        "nbd-server-stop",
         "qom-get",
         "qom-set",
         "query-block",
+        "query-block-exports",
         "query-jobs",
         "query-named-block-nodes",
         "query-status",
@@ -303,8 +308,15 @@ class Monitor:
 
     def user_of_qemu(self) -> tuple[int, int]:
         """uid and gid of the process at the other end (unix(7), SO_PEERCRED): who has to be able to open our files."""
-        _, uid, gid = _PEER.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        _, uid, gid = self._peer()
         return uid, gid
+
+    def pid_of_qemu(self) -> int:
+        """Of the process that made the monitor's socket: QEMU itself, unless somebody else has opened it for it."""
+        return self._peer()[0]
+
+    def _peer(self) -> tuple[int, int, int]:
+        return _PEER.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
 
     async def close(self) -> None:
         """Give the monitor back. What was inserted stays where it is."""
