@@ -45,7 +45,8 @@ class Phase(enum.StrEnum):
     TAKEN = "taken"
     """All are CUT: the views are made readable."""
     READABLE = "readable"
-    """Nothing of the hosts' can break any more: what they hold is copied, flushed and sealed."""
+    """All can be read: what hosts hold is copied, flushed and sealed. A view that is read as it is may still break, and
+    fails whoever reads it."""
     RETIRED = "retired"
     """Published by its manifest: views go, and the bitmaps that it covers."""
     ABORTED = "aborted"
@@ -101,6 +102,15 @@ def is_early(arrival: Arrival, phase: Phase) -> bool:
 def _still_to_come(phase: Phase) -> frozenset[Phase]:
     following = TRANSITIONS[phase]
     return following.union(*map(_still_to_come, following))
+
+
+class ViewKind(enum.StrEnum):
+    """How a disk's view is read."""
+
+    FLEECE = "fleece"
+    """From an export of the guest's own QEMU."""
+    STAGE = "stage"
+    """From a second image on the host, to which the view was copied."""
 
 
 class Consistency(enum.StrEnum):
@@ -180,6 +190,8 @@ class EpochSpec(BaseModel):
     """From the last one PREPARED until all must be FROZEN; no guest is stopped for longer."""
     hold_ms: int = Field(gt=0)
     """From GO until all must be READABLE: as long as views are held, guests pay for them with each of their writes."""
+    views: ViewKind = ViewKind.STAGE
+    """fleece: where that is safe; the facts of a cut tell what became of each disk, and why."""
     consistency: Consistency = Consistency.CRASH
     """filesystem: file systems are frozen before a guest is stopped, where it lets us; the facts of its cut tell."""
     sizes: Mapping[str, int] = Field(default_factory=dict)
@@ -232,15 +244,6 @@ class EpochSpec(BaseModel):
         return tuple(dict.fromkeys(participant.host for participant in (*self.participants, *self.leaving)))
 
 
-class ViewKind(enum.StrEnum):
-    """How a disk's view is read (QEMU.md)."""
-
-    FLEECE = "fleece"
-    """From an export of the guest's own QEMU."""
-    STAGE = "stage"
-    """From a second image on the host, to which the view was copied."""
-
-
 class DiskView(BaseModel):
     """What became of one disk at the cut."""
 
@@ -276,9 +279,10 @@ class DiskCopy(BaseModel):
 
     disk: str
     path: str
-    """Of a qcow2 image on its host that nobody writes any more."""
+    """Where movers on its host read it: of a qcow2 image that nobody writes any more, or, of a fleece, the URI of an
+    export on a unix socket."""
     uri: str = ""
-    """Of the NBD export by which movers elsewhere read it; "": movers read the path."""
+    """Of the NBD export by which movers elsewhere read it; "": all are on its host."""
     size: int = Field(gt=0)
     """Of the disk, in bytes."""
     since: int = Field(ge=0)
@@ -358,6 +362,11 @@ class Epoch(BaseModel):
             Arrival.CUT: frozenset(self.cuts),
             Arrival.READABLE: frozenset(self.reads),
         }[arrival]
+
+    def fleeced(self, vm: str) -> frozenset[str]:
+        """Its disks that are read from its own QEMU."""
+        views = self.cuts[vm].views if vm in self.cuts else ()
+        return frozenset(view.disk for view in views if view.kind is ViewKind.FLEECE)
 
     def participant(self, vm: str) -> Participant:
         """NotFoundError for one that takes no part."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic.alias_generators import to_camel
 
 from coordinator.model.complete import Completing, Completion
-from coordinator.model.epoch import Consistency, Participant
+from coordinator.model.epoch import Consistency, Participant, ViewKind
 from coordinator.model.errors import RefusedError
 from coordinator.model.job import parse_bytes
 from coordinator.model.mirror import Applying, MirrorSpec, MirrorState, check_targets
@@ -129,6 +129,11 @@ class GroupPolicy(_Words):
         ge=0.01,
         le=LONGEST_HOLD_S,
         description="how long views may be held: guests pay for them with each of their writes",
+    )
+    views: ViewKind = Field(
+        default=ViewKind.STAGE,
+        description="stage: what changed is first copied on the guest's host; fleece: it is read from the guest's QEMU,"
+        " where that is safe, and the view held for as long as the copy takes",
     )
 
     @field_validator("time_zone")

@@ -203,6 +203,7 @@ def _starting(group: GroupRecord, at_work: Round, seen: Seen, now: float) -> Act
         freeze_ms=round((at_work.pivot_s or policy.freeze_timeout) * 1000),
         hold_ms=round(policy.hold_timeout * 1000),
         consistency=policy.consistency,
+        views=policy.views,
         leaving=at_work.leaving,
         repository=at_work.repository,
         parents=at_work.parents,

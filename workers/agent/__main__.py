@@ -18,6 +18,7 @@ from coordinator.settings import Settings, load_settings
 from workers.access import Access
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
+from workers.agent.readers import Readers
 from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.service import Agent
@@ -39,7 +40,9 @@ async def serve(settings: Settings) -> None:
             room = Room(scratch, settings.scratch_reserve, settings.view_limit)
             sockets = Sockets(settings.agent_sockets)
             access = Access(settings.allowed_roots, settings.allowed_endpoints)
-            agent = Agent(host, barrier, guard, journal, room, sockets, access, relay if settings.relay_host else None)
+            readers = Readers(Path(settings.guard_socket), scratch, settings.relay_host, settings.relay_tls_dir)
+            offering = relay if settings.relay_host else None
+            agent = Agent(host, barrier, guard, journal, room, sockets, access, readers, offering)
             running = asyncio.create_task(agent.run(lambda: log.info("ready", host=host)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, running.cancel)

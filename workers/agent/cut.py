@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 from coordinator.model.bitmap import Rotation
+from coordinator.model.epoch import ViewKind
 from coordinator.model.errors import FlushpointError, NotFoundError, RefusedError, UnavailableError
 from workers.agent.guard import GuardLink
 from workers.agent.guest import OURS, GuestDisk
@@ -47,6 +48,10 @@ class Part:
     rotation: Rotation
     held: int
     """How many bytes of the disk, from its beginning, the point has that it builds on."""
+    kind: ViewKind = ViewKind.STAGE
+    """How it will be read ..."""
+    why: str = ""
+    """... and why not as was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,26 +14,30 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.bitmap import Owner, rotate
 from coordinator.model.epoch import Consistency, CutFacts, DiskView, Epoch, GoKey, Phase, Standing, ViewKind
 from coordinator.model.errors import FlushpointError, RefusedError, UnavailableError
+from workers.agent.choice import Choice
 from workers.agent.cut import Part, Vm
 from workers.agent.feed import Feed
 from workers.agent.files import FileSystems
-from workers.agent.guest import look_at
+from workers.agent.fleece import Fleece
+from workers.agent.guest import Guest, GuestDisk, look_at
 from workers.agent.guest_agent import ANSWER_S
 from workers.agent.moves import runs_on
 from workers.agent.muster import Moment, Muster
+from workers.agent.probe import Probe
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
 from workers.agent.standin import refuse_other_image
 from workers.agent.views import prepare, remove
 from workers.failpoint import pass_point
 
+AGAIN = "its agent was started again"
 MUSTER_SHARE = 0.25
 """Of the deadline, for which a machine that could be stopped waits for others of its host."""
 FORGETS = "its image keeps no bitmap while nobody runs it: it is raw, or qcow2 with compat=0.10"
@@ -48,6 +52,8 @@ class Taken:
     facts: CutFacts
     standing: Standing
     """Of the epoch, when this machine was CUT."""
+    fleece: Fleece | None = None
+    """What its QEMU listens at, if one of its disks is read there."""
 
 
 class AbortedError(FlushpointError):
@@ -59,13 +65,16 @@ class AbortedError(FlushpointError):
 class Machine:
     """One machine, its monitor, where its scratch images go, and the sockets its guest agent may be among."""
 
-    def __init__(self, name: str, vm: Vm, room: Room, sockets: Sockets, muster: Muster) -> None:
-        """For one epoch. With the others of `muster` it is stopped at once."""
+    def __init__(
+        self, name: str, vm: Vm, room: Room, sockets: Sockets, muster: Muster, probe: Probe | None = None
+    ) -> None:
+        """For one epoch. With the others of `muster` it is stopped at once; `probe` knows which QEMUs can be read."""
         self.name = name
         self.vm = vm
         self._room = room
         self._sockets = sockets
         self._muster = muster
+        self._probe = probe or Probe()
 
     async def take_part(self, epoch: Epoch, barrier: Barrier, feed: Feed) -> Taken:
         """From the preparation to the cut, one epoch at a time: one that was aborted after its go may be about to cut
@@ -73,46 +82,58 @@ class Machine:
         is raised."""
         async with self.vm.turn:
             parts: list[Part] = []
+            patience_s = epoch.spec.prepare_ms / 1000 / 2
+            choice = Choice(self.vm, self._probe, self._room.directory, epoch.spec.views, patience_s)
             try:
-                await self._prepare(epoch, parts)
+                await self._prepare(epoch, parts, choice)
                 await self.vm.arm()
                 with closing(await self._file_systems(epoch)) as files:
                     pass_point("between-prepare-and-prepared")
                     standing = await barrier.prepared(epoch, self.name)
                     standing = await feed.until(epoch, standing, lambda s: s.phase is not Phase.PREPARING)
                     refuse_aborted(epoch, standing)
-                    return await self._cut(epoch, parts, files, barrier, feed)
+                    taken = await self._cut(epoch, parts, files, barrier, feed)
+                    return replace(taken, fleece=choice.fleece)
             except BaseException as error:
                 self._muster.leave(self.name)
-                await self._drop(parts)
+                await self._drop(parts, choice)
                 with suppress(FlushpointError):  # an entry too many lets a guest run that does already
                     await self.vm.disarm()
                 await self._tell(epoch, barrier, error)
                 raise
 
-    async def _prepare(self, epoch: Epoch, parts: list[Part]) -> None:
+    async def _prepare(self, epoch: Epoch, parts: list[Part], choice: Choice) -> None:
         """Adds to `parts` what is there, so that it can be dropped after an error."""
         guest = await look_at(self.vm.monitor)
-        spec, left, mine = epoch.spec, self._room.left(), epoch.participant(self.name)
-        for name in mine.disks:
+        left = self._room.left()
+        for name in epoch.participant(self.name).disks:
             disk = guest.disk(name)
-            if name in mine.images and not self.vm.is_off:
-                refuse_other_image(disk, mine.images[name])
-            if (target := spec.targets.get(f"{self.name}/{name}")) and runs_on(disk, target):
-                raise RefusedError(f"the guest runs on {target}, which would be written", "name another target")
-            parent = spec.parent(self.name, name)
-            owner = Owner(spec.repository, epoch.group, f"{self.name}/{name}")
-            resized = spec.sizes.get(owner.disk, disk.size) != disk.size
-            useless = "the disk has changed its size" if resized else FORGETS if self.vm.forgets(disk) else ""
-            rotation = rotate(disk.tracking(), owner, parent, epoch.number, useless)
-            left -= disk.dirty(rotation.changed)
-            if left < 0:  # after a long outage, say: the whole disk goes in parts, and what was written does not
-                useless = f"the scratch directory has no room for all that was written since point {parent}"
-                left += disk.dirty(rotation.changed)
-                rotation = rotate(disk.tracking(), owner, parent, epoch.number, useless)
-            held = spec.seeded.get(owner.disk, disk.size) if rotation.since else 0
-            parts.append(Part(await prepare(self.vm.monitor, guest, disk, self._room.directory), rotation, held))
+            part = await self._prepared(epoch, guest, disk, choice, left)
+            parts.append(part)
+            if part.kind is ViewKind.STAGE:
+                left -= disk.dirty(part.rotation.changed)
             await asyncio.to_thread(write_back, disk.file)
+
+    async def _prepared(self, epoch: Epoch, guest: Guest, disk: GuestDisk, choice: Choice, left: int) -> Part:
+        """`left` is how many bytes may be staged."""
+        spec, name, mine = epoch.spec, disk.device, epoch.participant(self.name)
+        if name in mine.images and not self.vm.is_off:
+            refuse_other_image(disk, mine.images[name])
+        if (target := spec.targets.get(f"{self.name}/{name}")) and runs_on(disk, target):
+            raise RefusedError(f"the guest runs on {target}, which would be written", "name another target")
+        parent = spec.parent(self.name, name)
+        owner = Owner(spec.repository, epoch.group, f"{self.name}/{name}")
+        resized = spec.sizes.get(owner.disk, disk.size) != disk.size
+        useless = "the disk has changed its size" if resized else FORGETS if self.vm.forgets(disk) else ""
+        rotation = rotate(disk.tracking(), owner, parent, epoch.number, useless)
+        held = spec.seeded.get(owner.disk, disk.size) if rotation.since else 0
+        kind, why = await choice.of(disk, rotation, held, len(mine.disks))
+        if kind is ViewKind.STAGE and disk.dirty(rotation.changed) > left:
+            # After a long outage, say: the whole disk goes in parts, and what was written does not.
+            useless = f"the scratch directory has no room for all that was written since point {parent}"
+            rotation, held = rotate(disk.tracking(), owner, parent, epoch.number, useless), 0
+        view = await prepare(self.vm.monitor, guest, disk, self._room.directory)
+        return Part(view, rotation, held, kind, why)
 
     async def _file_systems(self, epoch: Epoch) -> FileSystems:
         guard, journal = self.vm.guard, self.vm.journal
@@ -134,7 +155,7 @@ class Machine:
             raise UnavailableError(
                 f"the ledger told nothing while {self.name} stood still", "look at the ledger's server and the network"
             ) from error
-        views = tuple(DiskView(disk=part.view.disk.device, kind=ViewKind.STAGE) for part in parts)
+        views = tuple(DiskView(disk=part.view.disk.device, kind=part.kind, why=part.why) for part in parts)
         facts = CutFacts(
             cut_at=cut_at,
             freeze_ms=stood_s * 1000,
@@ -194,10 +215,12 @@ class Machine:
             raise has_run
         return cut_at, stood_s
 
-    async def _drop(self, parts: Sequence[Part]) -> None:
+    async def _drop(self, parts: Sequence[Part], choice: Choice) -> None:
         for part in parts:
             with suppress(FlushpointError):  # the guest is gone, or an agent that starts finds what is left
                 await remove(self.vm.monitor, part.view)
+        with suppress(FlushpointError):
+            await choice.drop()
 
     async def _tell(self, epoch: Epoch, barrier: Barrier, error: BaseException) -> None:
         if not isinstance(error, AbortedError):
@@ -223,12 +246,13 @@ async def fail(epoch: Epoch, vm: str, barrier: Barrier, why: str) -> None:
 
 
 async def recover(epoch: Epoch, vm: str, barrier: Barrier) -> bool:
-    """For an agent that was started again and has taken its views away: whether all was staged before, and can be read
-    without it. Else nobody is to wait for what it had begun."""
-    if vm in epoch.reads:
-        return True
-    await fail(epoch, vm, barrier, "its agent was started again")
-    return False
+    """For an agent that was started again and has taken its views away: whether its part had come so far that the epoch
+    goes on without them. Of what was fleeced nothing can be read any more: where that ends no epoch, it fails copies.
+    Nobody is to wait for what else it had begun."""
+    if vm not in epoch.reads or epoch.fleeced(vm):
+        with suppress(RefusedError):  # meanwhile all can be read, as far as the ledger knows
+            await fail(epoch, vm, barrier, AGAIN)
+    return vm in epoch.reads
 
 
 def write_back(path: str) -> None:

@@ -2,8 +2,9 @@
 
 ::
 
-    news ──> take_part (every machine of ours) ──> stage (every disk) ──> SCRATCH/GROUP@EPOCH/VM/DISK.qcow2 ──> readable
-    news: retired or aborted ──> the images go, and bitmaps that the point covers
+    news ──> take_part (every machine of ours) ──┬> stage (a disk) ──> SCRATCH/GROUP@EPOCH/VM/DISK.qcow2 ─┬> readable
+                                                 └> fleece, its reader ───────────────────────────────────┘
+    news: retired or aborted ──> images, fleeces and readers go, and bitmaps that the point covers
     now and then, and when the ledger was away ──> images of epochs that are over go, if that was never heard
 
 An agent that starts first lets run what one before it left stopped, then takes away what that one left in guests, then
@@ -27,20 +28,23 @@ import structlog
 
 from coordinator.ledger.barrier import Barrier, News
 from coordinator.model.bitmap import Owner, Tracking, all_of, leftovers
-from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts
+from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts, ViewKind
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.access import Access
 from workers.agent.cut import Part, Vm, let_run, resume
 from workers.agent.feed import AGAIN_S, Feed
 from workers.agent.files import thaw_left
+from workers.agent.fleeces import Fleeces
 from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import GuestSilentError, Monitor
 from workers.agent.moves import close_targets, end_jobs
 from workers.agent.muster import Muster
-from workers.agent.participant import AbortedError, Machine, Taken, fail, recover, why_of
+from workers.agent.participant import AGAIN, AbortedError, Machine, Taken, fail, recover, why_of
 from workers.agent.pivot import PivotingMachine
+from workers.agent.probe import Probe
+from workers.agent.readers import Readers
 from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
@@ -69,6 +73,7 @@ class Agent:
         room: Room,
         sockets: Sockets,
         access: Access,
+        readers: Readers,
         relay: Relay | None = None,
     ) -> None:
         """`access` tells where guests may be moved to. Without a `relay` movers have to read the scratch directory
@@ -83,6 +88,8 @@ class Agent:
         self._access = access
         self._relay = relay
         self._standins = StandIns(room.directory, access, guard, journal)
+        self._fleeces = Fleeces(barrier, room, readers, self._vm)
+        self._probe = Probe()
         self._feed = Feed(barrier, host)
         self._vms: dict[Path, Vm] = {}
         self._connecting: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -95,6 +102,7 @@ class Agent:
         for sentence in [*await let_run(self._journal), *await thaw_left(self._journal, self._guard)]:
             log.warning(sentence)
         await asyncio.to_thread(self._standins.clear)
+        await asyncio.to_thread(self._fleeces.clear)
         await self._clear_guests()
         if self._relay is not None:
             await self._relay.start()
@@ -106,8 +114,7 @@ class Agent:
             if all(recovered):
                 staged.add(epoch.name)
                 for mine in epoch.on(self._host):
-                    for copy in epoch.reads[mine.vm].copies:
-                        await self._offered(epoch, mine.vm, copy)
+                    await self._offer_again(epoch, mine.vm)
         await self._clear_places(places - staged)
         ready()
         looking = asyncio.create_task(self._look_after_places())
@@ -118,6 +125,7 @@ class Agent:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._fleeces.close()
             for vm in self._vms.values():
                 await vm.close()
             if self._relay is not None:
@@ -145,6 +153,7 @@ class Agent:
         except FlushpointError as error:
             log.warning("cannot take part", epoch=f"{group}@{number}", error=str(error))
             return
+        await self._fleeces.end_all_of(group)
         ours = epoch.on(self._host)
         muster = Muster(participant.vm for participant in ours)
         await asyncio.gather(*(self._drive(epoch, participant, muster) for participant in ours))
@@ -158,7 +167,7 @@ class Agent:
             if epoch.spec.pivots:
                 machine = PivotingMachine(participant.vm, vm, self._room, self._access, muster)
             else:
-                machine = Machine(participant.vm, vm, self._room, self._sockets, muster)
+                machine = Machine(participant.vm, vm, self._room, self._sockets, muster, self._probe)
         except FlushpointError as error:
             said.warning("cannot take part", error=str(error))
             muster.leave(participant.vm)
@@ -171,9 +180,12 @@ class Agent:
                 said.info("moved" if epoch.spec.pivots else "cut", freeze_ms=round(taken.facts.freeze_ms, 1))
                 if taken.facts.fallback:
                     said.warning("crash-consistent only", why=taken.facts.fallback)
-                copies = await self._staged(epoch, participant, vm, taken)
+                for view in taken.facts.views:
+                    if view.why:
+                        said.info("a disk is staged", disk=view.disk, why=view.why)
+                copies = await self._copies(epoch, participant, vm, taken)
             await self._make_readable(epoch, participant, taken, copies)
-            said.info("staged")
+            said.info("readable")
         except AbortedError as error:
             said.info(error.message)
         except FlushpointError as error:
@@ -219,14 +231,34 @@ class Agent:
                 await asyncio.sleep(AGAIN_S)
         raise AbortedError(f"epoch {epoch.name} was aborted: {standing.why}")
 
-    async def _staged(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> tuple[DiskCopy, ...]:
-        """AbortedError if the epoch is, meanwhile."""
+    async def _copies(self, epoch: Epoch, participant: Participant, vm: Vm, taken: Taken) -> tuple[DiskCopy, ...]:
+        """AbortedError if the epoch is, meanwhile. After an error no view is left."""
+        staged = [part for part in taken.parts if part.kind is ViewKind.STAGE]
+        if taken.fleece is None:
+            return await self._staged(epoch, participant, vm, staged)
+        read = [part for part in taken.parts if part.kind is ViewKind.FLEECE]
+        try:
+            there = await self._fleeces.open(epoch, participant.vm, vm, taken.fleece, read)
+        except BaseException:
+            for part in staged:
+                with suppress(FlushpointError):  # the guest is gone, or an agent that starts finds what is left
+                    await remove(vm.monitor, part.view)
+            raise
+        try:
+            return (*there, *await self._staged(epoch, participant, vm, staged))
+        except BaseException:
+            await self._fleeces.end(epoch.name)
+            raise
+
+    async def _staged(
+        self, epoch: Epoch, participant: Participant, vm: Vm, parts: Sequence[Part]
+    ) -> tuple[DiskCopy, ...]:
         place = self._place(epoch.group, epoch.number) / participant.vm
         sharers = sum(len(one.disks) for one in epoch.on(self._host))
         slice_bytes = partial(self._room.slice, epoch.spec.slice_bytes, sharers)
-        staging = asyncio.create_task(stage_all(vm, taken.parts, place, slice_bytes))
+        staging = asyncio.create_task(stage_all(vm, parts, place, slice_bytes))
         self._staging.setdefault((epoch.group, epoch.number), []).append(staging)
-        watching = asyncio.create_task(self._room.watch([part.view.scratch for part in taken.parts]))
+        watching = asyncio.create_task(self._room.watch([part.view.scratch for part in parts]))
         try:
             await asyncio.wait({staging, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not staging.done():
@@ -249,10 +281,20 @@ class Agent:
         uri = await self._relay.offer(f"{epoch.name}/{vm}/{copy.disk}", Path(copy.path))
         return copy.model_copy(update={"uri": uri})
 
+    async def _offer_again(self, epoch: Epoch, vm: str) -> None:
+        """What an agent before this one has offered, as far as it is still there."""
+        fleeced = epoch.fleeced(vm)
+        for copy in epoch.reads[vm].copies:
+            if copy.disk not in fleeced:
+                await self._offered(epoch, vm, copy)
+        if fleeced:
+            await self._fleeces.refuse(epoch, vm, AGAIN)
+
     async def _tidy(self, group: str, number: int, phase: Phase, after: asyncio.Task[None] | None) -> None:
         """Once it is over, and this host has ended its part."""
         if after is not None:
             await asyncio.wait([after])
+        await self._fleeces.end(self._place(group, number).name)
         if phase is Phase.RETIRED:
             with suppress(FlushpointError):  # what is left does no harm; of members it goes with the next point
                 await self._remove_bitmaps(await self._barrier.epoch(group, number))
@@ -298,6 +340,7 @@ class Agent:
     async def _clear_places(self, names: set[str]) -> None:
         """Of epochs that are over, or that the ledger does not know: nobody reads them."""
         for name in names:
+            await self._fleeces.end(name)
             if self._relay is not None:
                 await self._relay.withdraw(f"{name}/")
             await asyncio.to_thread(shutil.rmtree, self._scratch / name, ignore_errors=True)
@@ -316,7 +359,7 @@ class Agent:
     async def _clear_unheard(self) -> None:
         """What is there before the ledger is asked belongs to epochs that were opened before: those it does not name
         are over, or lost with all that could read them. What is at work has its own end."""
-        places = self._places()
+        places = self._places() | self._fleeces.epochs
         needed = {epoch.name for epoch in await self._barrier.epochs_on(self._host)}
         at_work = {self._place(group, abs(number)).name for group, number in self._at_work}
         unheard = places - needed - at_work
@@ -385,18 +428,24 @@ class Agent:
 
     async def _clear_guests(self) -> None:
         """Of views that were left: by an agent before this one, or with a guest that has ended since."""
-        for path in {path for path, _ in remembered(self._scratch)}:
+        for path in {path for path, _ in remembered(self._scratch)} | self._fleeces.monitors():
             try:
                 await self._vm(path)  # which clears it, if it is connected to anew
             except NotFoundError:
+                self._fleeces.forget(path)
                 for view in [view for at, view in remembered(self._scratch) if at == path]:
                     forget(view)
             except FlushpointError as error:  # other guests' epochs are not to wait for this one
                 log.warning("cannot take views away", monitor=str(path), error=str(error))
 
     async def _clear_guest(self, vm: Vm) -> None:
-        """Just connected to, so none of its views is an epoch's."""
+        """Just connected to, so none of its views is an epoch's, but for those that are read."""
+        with suppress(FlushpointError):  # then its view cannot be taken away, and that is told
+            await self._fleeces.take_away_left(vm)
+        read = self._fleeces.read_now()
         for view in [view for path, view in remembered(self._scratch) if path == vm.monitor.path]:
+            if view.mark in read:
+                continue
             try:
                 await end_jobs(vm.monitor, view.mark)
                 await clear(vm, view)

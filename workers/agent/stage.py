@@ -28,8 +28,9 @@ _LOOK_S = 1.0
 """How long to wait for an event before the job is asked for: an event may have been among those forgotten."""
 END_S = 30.0
 """A cancelled job waits for its requests in flight, so for the scratch directory's disk."""
-_BITMAP = f"{OURS}stage"
-BY_BITMAP = {"sync": "bitmap", "bitmap": _BITMAP, "bitmap-mode": "never"}
+BITMAP = f"{OURS}stage"
+"""What `merge` makes."""
+BY_BITMAP = {"sync": "bitmap", "bitmap": BITMAP, "bitmap-mode": "never"}
 """What a job copies after `merge`."""
 
 
@@ -136,10 +137,10 @@ async def _run(vm: Vm, view: View, source: str, target: str, what: Mapping[str, 
 async def merge(monitor: Monitor, view: View, changed: Sequence[str]) -> None:
     """One bitmap of the view for all that say what was written."""
     granularity = min(b.granularity for b in view.disk.bitmaps if b.name in changed)
-    new = {"node": view.access, "name": _BITMAP, "granularity": granularity, "disabled": True}
+    new = {"node": view.access, "name": BITMAP, "granularity": granularity, "disabled": True}
     await monitor.execute("block-dirty-bitmap-add", new)
     sources = [{"node": view.disk.node, "name": name} for name in changed]
-    await monitor.execute("block-dirty-bitmap-merge", {"node": view.access, "target": _BITMAP, "bitmaps": sources})
+    await monitor.execute("block-dirty-bitmap-merge", {"node": view.access, "target": BITMAP, "bitmaps": sources})
 
 
 async def _finish(vm: Vm, job: str) -> None:

@@ -53,6 +53,7 @@ IN_USE_S = 5.0
 """How long a node may be called in use after the job or the reader that used it is gone."""
 _IN_USE_PAUSE_S = 0.05
 _RECORD = ".view.json"
+_FILTER = f"{OURS}cbw-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class View:
 
     @property
     def filter_node(self) -> str:
-        return f"{OURS}cbw-{self.mark}"
+        return f"{_FILTER}{self.mark}"
 
     @property
     def access(self) -> str:
@@ -86,6 +87,8 @@ def refuse_unless_able(guest: Guest, disk: GuestDisk) -> None:
         raise RefusedError(
             f"the guest's QEMU is {version}, and views need {oldest}", "restart the guest on a newer QEMU"
         )
+    if disk.node.startswith(_FILTER):
+        raise RefusedError(f"{disk.device} is being copied for another epoch", "cut it when that is over")
     if disk.driver.startswith("copy-before-write"):
         raise RefusedError(
             f"{disk.device} has a copy-before-write filter already", "let whoever put it there take it away"
@@ -207,14 +210,19 @@ def _record_of(view: View) -> Path:
 
 def _remember(monitor: Path, view: View) -> None:
     """Durable before anything is done to the guest."""
+    write_durably(_record_of(view), _Record(monitor=monitor, view=view).model_dump_json())
+
+
+def write_durably(path: Path, text: str) -> None:
+    """A new file of the scratch directory. UnavailableError."""
     try:
-        with _record_of(view).open("xb") as file:
-            file.write(_Record(monitor=monitor, view=view).model_dump_json().encode())
+        with path.open("xb") as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise UnavailableError(
-            f"nothing can be written to the scratch directory {view.scratch.parent}: {error.strerror}",
+            f"nothing can be written to the scratch directory {path.parent}: {error.strerror}",
             "make room there, or name another",
         ) from error
 

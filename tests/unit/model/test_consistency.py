@@ -1,4 +1,4 @@
-"""How a group file asks for file systems to be consistent, and how that reaches the agents."""
+"""How a group file asks for consistent file systems and for views of a kind, and how that reaches the agents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from coordinator.model.epoch import Consistency, EpochSpec
+from coordinator.model.epoch import Consistency, EpochSpec, ViewKind
 from coordinator.model.group import GroupFile, GroupRecord, GroupSpec, Round, Stage
 from coordinator.model.round import Begin, Seen, next_action
 
@@ -29,14 +29,16 @@ def begun(group: GroupSpec) -> EpochSpec:
 def test_what_a_group_file_asks_for_reaches_the_agents() -> None:
     metadata = {"name": "shop"}
     words = {"apiVersion": "flushpoint/v1", "kind": "ConsistencyGroup", "metadata": metadata}
-    file = GroupFile.model_validate({**words, "spec": spec(consistency="filesystem")})
+    file = GroupFile.model_validate({**words, "spec": spec(consistency="filesystem", views="fleece")})
     told = EpochSpec.model_validate_json(begun(file.spec).model_dump_json())
     assert told.consistency is Consistency.FILESYSTEM
+    assert told.views is ViewKind.FLEECE
     assert told.participants[0].guest_agent == "/run/db.qga"
 
 
-def test_a_group_that_asks_for_nothing_is_crash_consistent() -> None:
-    assert begun(GroupSpec.model_validate(spec())).consistency is Consistency.CRASH
+def test_a_group_that_asks_for_nothing_is_crash_consistent_and_staged() -> None:
+    told = begun(GroupSpec.model_validate(spec()))
+    assert (told.consistency, told.views) == (Consistency.CRASH, ViewKind.STAGE)
 
 
 def test_a_group_is_told_in_the_words_it_was_written_in() -> None:
@@ -49,3 +51,5 @@ def test_a_guest_agent_is_a_path_of_its_host() -> None:
         GroupSpec.model_validate({**spec(), "members": [{**MEMBER, "guestAgent": "db.qga"}]})
     with pytest.raises(ValidationError, match="consistency"):
         GroupSpec.model_validate(spec(consistency="application"))
+    with pytest.raises(ValidationError, match="views"):
+        GroupSpec.model_validate(spec(views="both"))

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from coordinator.model.epoch import CutFacts, GoKey, Phase, Standing
+from coordinator.model.epoch import CutFacts, GoKey, Phase, Standing, ViewKind
+from workers.agent.choice import Choice
 from workers.agent.cut import Part
 from workers.agent.files import FileSystems
 from workers.agent.journal import Journal
@@ -16,6 +17,7 @@ from workers.agent.muster import Muster
 from workers.agent.participant import Machine, Taken
 from workers.agent.sockets import Sockets
 
+SPEC = SimpleNamespace(prepare_ms=1000, views=ViewKind.STAGE)
 GONE_ON = Standing(phase=Phase.FREEZING, key=GoKey.OPEN, why="", left_ms=1000)
 
 
@@ -27,12 +29,13 @@ class Told(Machine):
     """Tells what it does, and cuts when it is let."""
 
     def __init__(self) -> None:
-        vm = SimpleNamespace(turn=asyncio.Lock(), arm=_nothing, disarm=_nothing)
-        super().__init__("db", vm, Path(), Sockets(()), Muster(["db"]))  # type: ignore[arg-type]
+        vm = SimpleNamespace(turn=asyncio.Lock(), arm=_nothing, disarm=_nothing, monitor=None, is_off=False)
+        room = SimpleNamespace(directory=Path())
+        super().__init__("db", vm, room, Sockets(()), Muster(["db"]))  # type: ignore[arg-type]
         self.did: list[str] = []
         self.may_cut = asyncio.Event()
 
-    async def _prepare(self, epoch: Any, parts: list[Part]) -> None:
+    async def _prepare(self, epoch: Any, parts: list[Part], choice: Choice) -> None:
         self.did.append(f"{epoch.number} looks")
 
     async def _file_systems(self, epoch: Any) -> FileSystems:
@@ -59,7 +62,7 @@ def test_no_epoch_looks_at_the_bitmaps_while_another_is_about_to_rotate_them() -
 
     async def run() -> list[str]:
         machine = Told()
-        epochs: list[Any] = [SimpleNamespace(number=number) for number in (7, 8)]
+        epochs: list[Any] = [SimpleNamespace(number=number, spec=SPEC) for number in (7, 8)]
         parts = [machine.take_part(epoch, Barrier(), Feed()) for epoch in epochs]  # type: ignore[arg-type]
         begun = asyncio.gather(*parts)
         while not machine.did:

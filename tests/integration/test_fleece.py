@@ -1,0 +1,307 @@
+"""Disks that are read straight from their guests' QEMUs: points are right, and nobody is harmed by being read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from coordinator.ledger import RedisLedger
+from coordinator.model.epoch import Epoch, Phase, ViewKind
+from coordinator.model.errors import FlushpointError
+from coordinator.model.group import GroupPolicy, GroupVerb
+from coordinator.model.view import CheckpointState, CheckpointView, JobView
+from tests.deployment import FREEZE_S, Deployment, member_of
+from tests.group_disks import Disks
+from tests.guest import GuestKit
+from tests.hosts import STEP_S, Host
+from tests.live_guest import MIB, LiveDisk, LiveGuest, wandering_guest
+from tests.stack import accepts, running_stack, wait_until
+from workers.agent.guest import OURS
+from workers.agent.monitor import Monitor
+from workers.nbd.connection import connect
+from workers.nbd.endpoint import Endpoint
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc", "mount")
+
+POLICY = GroupPolicy(freeze_timeout=FREEZE_S, prepare_timeout=10, views=ViewKind.FLEECE)
+SLOW = 1024
+"""Bytes a second: so that a copy is not done before it is paused."""
+USER = frozenset({"cont", "query-block-exports", "query-named-block-nodes", "query-status", "stop"})
+SERVER = frozenset({"nbd-server-start", "nbd-server-stop"})
+SCRATCH = 512 * MIB
+
+
+@pytest.fixture(scope="module")
+def deployment(module_tmpfs_path: Path) -> Iterator[Deployment]:
+    with running_stack(module_tmpfs_path / "stack") as stack:
+        yield Deployment(stack, module_tmpfs_path)
+
+
+@pytest.fixture(scope="module")
+def scratch(module_tmpfs_path: Path) -> Iterator[Path]:
+    """That can be filled."""
+    path = module_tmpfs_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SCRATCH}", "none", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def host(deployment: Deployment, guest_kit: GuestKit, scratch: Path) -> Iterator[Host]:
+    """Of a guest with disks that can be read, `a`, `b` and `d`, and one that cannot, `c`."""
+    disks = (LiveDisk("a"), LiveDisk("b", bus="virtio-scsi"), LiveDisk("c", iothread=True), LiveDisk("d"))
+    with (
+        wandering_guest(guest_kit, deployment.directory / "vm", disks) as guest,
+        deployment.host("hv1", guest) as host,
+    ):
+        yield host
+
+
+@pytest.fixture(scope="module")
+def tested(deployment: Deployment, host: Host, scratch: Path) -> Disks:
+    """The group of all disks but `d`, with a point to build on."""
+    environ = {"FLUSHPOINT_SCRATCH_DIR": str(scratch), "FLUSHPOINT_SCRATCH_RESERVE": "0"}
+    host.start_agent(environ=environ)
+    apply(deployment, host, "shop", "abc", POLICY)
+    deployment.published("shop")
+    host.guest = LiveGuest(host.guest.guest, host.guest.monitor, host.guest.directory, host.guest.disks[:3])
+    return Disks(deployment, host, "shop", environ)
+
+
+def apply(deployment: Deployment, host: Host, group: str, disks: str, policy: GroupPolicy) -> None:
+    member = member_of(host).model_copy(update={"disks": tuple(disks)})
+    deployment.apply_members(group, [member], policy)
+
+
+def newest(deployment: Deployment, group: str) -> Epoch:
+    with closing(RedisLedger(deployment.stack.env["FLUSHPOINT_REDIS_URL"])) as ledger:
+        epoch = ledger.newest_epoch(group)
+    assert epoch is not None
+    return epoch
+
+
+def views_of(epoch: Epoch) -> dict[str, str]:
+    """Of each disk, why it was staged; "" for a fleece."""
+    views = epoch.cuts["vm"].views
+    assert all((view.kind is ViewKind.STAGE) == bool(view.why) for view in views)
+    return {view.disk: view.why for view in views}
+
+
+@contextmanager
+def resting_round(tested: Disks, policy: GroupPolicy = POLICY) -> Iterator[tuple[CheckpointView, Epoch]]:
+    """A round that is at its copies, which rest until the block ends."""
+    deployment, client = tested.deployment, tested.deployment.stack.client
+    apply(deployment, tested.host, "shop", "abc", policy.model_copy(update={"speed": SLOW}))
+    before = newest(deployment, "shop").number
+    asked = client.ask_for_checkpoint("shop")
+
+    def is_read() -> bool:
+        epoch = newest(deployment, "shop")
+        return epoch.number > before and epoch.phase is Phase.READABLE
+
+    try:
+        wait_until(is_read, "a round to copy", STEP_S)
+        epoch = newest(deployment, "shop")
+        assert {disk for disk, why in views_of(epoch).items() if not why} == {"a", "b"}
+        wait_until(lambda: [job.len > 0 for job in copies_of(deployment, epoch)] == [True, True], "copies", STEP_S)
+        client.act_on_group("shop", GroupVerb.PAUSE)
+        yield asked, epoch
+    finally:
+        apply(deployment, tested.host, "shop", "abc", POLICY)
+        client.act_on_group("shop", GroupVerb.RESUME)
+
+
+def copies_of(deployment: Deployment, epoch: Epoch) -> list[JobView]:
+    """The jobs that read from guests."""
+    sources = [copy.path for copy in epoch.reads["vm"].copies if "reader" in copy.path]
+    return [job for job in deployment.stack.client.jobs() if job.spec.source in sources]
+
+
+def readers_of(host: Host) -> list[psutil.Process]:
+    assert host.agent is not None
+    found = psutil.Process(host.agent.pid).children(recursive=True)
+    return [one for one in found if "workers.agent.reader" in one.cmdline()]
+
+
+def by_user(guest: LiveGuest, *commands: tuple[str, dict[str, object]]) -> list[object]:
+    """What QEMU answers to its user, whose monitor the agent does not have. GuestSilentError after ten seconds."""
+
+    async def asked() -> list[object]:
+        monitor = await Monitor.connect(guest.user, allowed=USER | SERVER)
+        try:
+            return [await monitor.execute(*command) for command in commands]
+        finally:
+            await monitor.close()
+
+    return asyncio.run(asked())
+
+
+def left_in(guest: LiveGuest) -> list[str]:
+    """What of us is in there."""
+    nodes, exports = by_user(guest, ("query-named-block-nodes", {"flat": True}), ("query-block-exports", {}))
+    assert isinstance(nodes, list)
+    assert isinstance(exports, list)
+    names = [*(node["node-name"] for node in nodes), *(export["id"] for export in exports)]
+    return [name for name in names if name.startswith(OURS)]
+
+
+def check_unharmed(tested: Disks) -> None:
+    """It writes, there is nothing of us in it, it can be read by others, and the next point is right."""
+    guest = tested.host.guest
+    wait_until(lambda: left_in(guest) == [], "the guest to be rid of us", STEP_S)
+    guest.wait_until_it_writes()
+    assert "error" not in guest.guest.console().lower()
+    where = {"type": "unix", "data": {"path": str(guest.directory / "users.nbd")}}
+    by_user(guest, ("nbd-server-start", {"addr": where}), ("nbd-server-stop", {}))
+    tested.check(tested.cloned_point())
+    assert views_of(newest(tested.deployment, "shop"))["a"] == ""
+
+
+def test_points_that_are_read_from_guests_equal_clones_made_in_their_stops(tested: Disks) -> None:
+    for _ in range(2):
+        tested.check(tested.cloned_point())
+        views = views_of(newest(tested.deployment, "shop"))
+        assert views == {"a": "", "b": "", "c": "its QEMU died (SIGABRT) when a disk with an IOThread was read"}
+        tested.host.guest.wait_until_it_writes()
+    point = tested.deployment.point("shop", newest(tested.deployment, "shop").number)
+    for member in point.members:
+        assert member.reason.startswith("by bitmap")
+        assert 0 < member.bytes_read <= member.size
+
+
+def test_a_view_is_read_as_it_was_while_its_guest_writes_over_it(tested: Disks) -> None:
+    with resting_round(tested) as (asked, epoch):
+        for disk in ("a", "b"):
+            (copy,) = [copy for copy in epoch.reads["vm"].copies if copy.disk == disk]
+            with connect(Endpoint.parse(copy.path)) as reading:
+                first = bytearray(reading.size)
+                reading.read_into(0, memoryview(first))
+                for _ in range(3):
+                    tested.host.guest.wait_until_it_writes()
+                again = bytearray(reading.size)
+                reading.read_into(0, memoryview(again))
+            assert first == again
+            assert first != tested.host.guest.disks["ab".index(disk)].image(tested.host.guest.directory).read_bytes()
+    assert tested.deployment.ended(asked).state is CheckpointState.PUBLISHED
+
+
+def test_a_server_of_the_users_own_is_left_alone(tested: Disks) -> None:
+    guest, path = tested.host.guest, tested.host.guest.directory / "users.nbd"
+    where = {"type": "unix", "data": {"path": str(path)}}
+    by_user(guest, ("nbd-server-start", {"addr": where}))
+    tested.deployment.published("shop")
+    views = views_of(newest(tested.deployment, "shop"))
+    assert "NBD server already running" in views["a"]
+    assert "NBD server already running" in views["b"]
+    assert accepts(path)
+    by_user(guest, ("nbd-server-stop", {}))
+    check_unharmed(tested)
+
+
+def test_a_guest_can_be_stopped_and_cut_for_another_group_while_it_is_read(tested: Disks) -> None:
+    with resting_round(tested) as (asked, _):
+        by_user(tested.host.guest, ("stop", {}), ("cont", {}))
+        apply(tested.deployment, tested.host, "side", "d", POLICY)
+        tested.deployment.published("side")
+        tested.deployment.published("side")
+        assert "NBD server already running" in views_of(newest(tested.deployment, "side"))["d"]
+        assert newest(tested.deployment, "shop").phase is Phase.READABLE
+    assert tested.deployment.ended(asked).state is CheckpointState.PUBLISHED
+    check_unharmed(tested)
+
+
+def test_a_reader_that_hangs_is_killed_and_keeps_no_guest_from_stopping(tested: Disks) -> None:
+    """Its agent sleeps as well. What is in flight then is left unread."""
+    host = tested.host
+    with resting_round(tested) as (asked, epoch):
+        copy = epoch.reads["vm"].copies[0]
+        with reading_much(copy.path):
+            (reader,) = readers_of(host)
+            host.signal_agent(signal.SIGSTOP)
+            try:
+                os.kill(reader.pid, signal.SIGSTOP)
+                by_user(host.guest, ("stop", {}), ("query-status", {}), ("cont", {}))
+                wait_until(lambda: "killed what reads" in host.guard.log.read_text(), "the guard to act", STEP_S)
+                host.guest.wait_until_it_writes()
+            finally:
+                host.signal_agent(signal.SIGCONT)
+        wait_until_refused(host)
+    check_failed(tested, asked, "the reader of the view was killed")
+
+
+@contextmanager
+def reading_much(uri: str) -> Iterator[None]:
+    """So that there is always something in flight between a reader and its guest."""
+    ends = threading.Event()
+
+    def read() -> None:
+        with suppress(FlushpointError), connect(Endpoint.parse(uri)) as reading:
+            buffer = memoryview(bytearray(8 * MIB))
+            while not ends.is_set():
+                reading.read_into(0, buffer)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join()
+
+
+def wait_until_refused(host: Host) -> None:
+    """Until its agent has said why nothing can be read any more, to the world and to whoever reads."""
+    assert host.agent is not None
+    log = host.agent.log
+    wait_until(lambda: "is not read any more" in log.read_text(), "the view to be withdrawn", STEP_S)
+    wait_until(lambda: len(readers_of(host)) == 1, "one that tells so", STEP_S)
+
+
+def check_failed(tested: Disks, asked: CheckpointView, why: str) -> None:
+    done = tested.deployment.ended(asked)
+    assert done.state is CheckpointState.FAILED
+    assert why in done.why
+    check_unharmed(tested)
+
+
+def test_a_scratch_directory_that_is_full_fails_the_round_and_not_the_guest(tested: Disks, scratch: Path) -> None:
+    filler = scratch / "filler"
+    with resting_round(tested) as (asked, _):
+        with filler.open("wb") as file, suppress(OSError):
+            while True:
+                file.write(bytes(MIB))
+        for _ in range(3):
+            tested.host.guest.wait_until_it_writes()
+        filler.unlink()
+    check_failed(tested, asked, "the view broke")
+
+
+def test_a_view_is_not_held_for_longer_than_its_policy_says(tested: Disks) -> None:
+    with resting_round(tested, POLICY.model_copy(update={"hold_timeout": 3.0})) as (asked, _):
+        wait_until_refused(tested.host)
+    check_failed(tested, asked, "views may be held for 3 s, and those of vm were")
+
+
+def test_an_agent_that_is_killed_leaves_nothing_that_is_read(tested: Disks) -> None:
+    with resting_round(tested) as (asked, _):
+        (reader,) = readers_of(tested.host)
+        tested.host.signal_agent(signal.SIGKILL)
+        psutil.wait_procs([reader], STEP_S)
+        assert not reader.is_running()
+        tested.host.guest.wait_until_it_writes()
+        tested.host.start_agent(environ=tested.environ)
+    check_failed(tested, asked, "its agent was started again")
