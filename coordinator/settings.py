@@ -102,8 +102,8 @@ class Settings(BaseSettings):
     """Where an agent writes which guests it has stopped."""
 
     relay_host: str = ""
-    """Address of an agent's host where movers elsewhere fetch staged images, by NBD; "": movers are on this host, or
-    see its scratch directory."""
+    """Address of an agent's host where movers elsewhere fetch staged images, by NBD, and at ports that the kernel takes
+    fleeces; "": movers are on this host, or see its scratch directory."""
     relay_port: int = Field(default=10810, ge=1, le=65535)
     relay_tls_dir: str = ""
     """Certificates, named as QEMU names them, of one authority for all: at an agent ca-cert.pem, server-cert.pem and
