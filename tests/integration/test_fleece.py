@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from coordinator.ledger import RedisLedger
-from coordinator.model.epoch import Epoch, Phase, ViewKind
+from coordinator.model.epoch import DiskCopy, Epoch, Phase, ViewKind
 from coordinator.model.errors import FlushpointError
 from coordinator.model.group import GroupPolicy, GroupVerb
 from coordinator.model.view import CheckpointState, CheckpointView, JobView
@@ -37,7 +37,8 @@ SLOW = 1024
 """Bytes a second: so that a copy is not done before it is paused."""
 USER = frozenset({"cont", "query-block-exports", "query-named-block-nodes", "query-status", "stop"})
 SERVER = frozenset({"nbd-server-start", "nbd-server-stop"})
-SCRATCH = 512 * MIB
+SIZE = 24 * MIB
+SCRATCH = 16 * SIZE
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,12 @@ def scratch(module_tmpfs_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def host(deployment: Deployment, guest_kit: GuestKit, scratch: Path) -> Iterator[Host]:
     """Of a guest with disks that can be read, `a`, `b` and `d`, and one that cannot, `c`."""
-    disks = (LiveDisk("a"), LiveDisk("b", bus="virtio-scsi"), LiveDisk("c", iothread=True), LiveDisk("d"))
+    disks = (
+        LiveDisk("a", size=SIZE),
+        LiveDisk("b", bus="virtio-scsi", size=SIZE),
+        LiveDisk("c", iothread=True, size=SIZE),
+        LiveDisk("d", size=SIZE),
+    )
     with (
         wandering_guest(guest_kit, deployment.directory / "vm", disks) as guest,
         deployment.host("hv1", guest) as host,
@@ -115,7 +121,7 @@ def resting_round(tested: Disks, policy: GroupPolicy = POLICY) -> Iterator[tuple
         wait_until(is_read, "a round to copy", STEP_S)
         epoch = newest(deployment, "shop")
         assert {disk for disk, why in views_of(epoch).items() if not why} == {"a", "b"}
-        wait_until(lambda: [job.len > 0 for job in copies_of(deployment, epoch)] == [True, True], "copies", STEP_S)
+        wait_until(lambda: [job.len > 0 for job in jobs_of(deployment, epoch)] == [True, True], "copies", STEP_S)
         client.act_on_group("shop", GroupVerb.PAUSE)
         yield asked, epoch
     finally:
@@ -123,9 +129,14 @@ def resting_round(tested: Disks, policy: GroupPolicy = POLICY) -> Iterator[tuple
         client.act_on_group("shop", GroupVerb.RESUME)
 
 
-def copies_of(deployment: Deployment, epoch: Epoch) -> list[JobView]:
-    """The jobs that read from guests."""
-    sources = [copy.path for copy in epoch.reads["vm"].copies if "reader" in copy.path]
+def copies_of(epoch: Epoch) -> list[DiskCopy]:
+    """Those that are fleeces."""
+    return [copy for copy in epoch.reads["vm"].copies if copy.disk in epoch.fleeced("vm")]
+
+
+def jobs_of(deployment: Deployment, epoch: Epoch) -> list[JobView]:
+    """Those that read from guests."""
+    sources = [copy.path for copy in copies_of(epoch)]
     return [job for job in deployment.stack.client.jobs() if job.spec.source in sources]
 
 
@@ -157,14 +168,53 @@ def left_in(guest: LiveGuest) -> list[str]:
     return [name for name in names if name.startswith(OURS)]
 
 
-def check_unharmed(tested: Disks) -> None:
-    """It writes, there is nothing of us in it, it can be read by others, and the next point is right."""
-    guest = tested.host.guest
+@contextmanager
+def reading_much(uri: str) -> Iterator[None]:
+    """So that there is always something in flight between a reader and its guest."""
+    begun, ends = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with suppress(FlushpointError), connect(Endpoint.parse(uri)) as reading:
+            buffer = memoryview(bytearray(8 * MIB))
+            while not ends.is_set():
+                reading.read_into(0, buffer)
+                begun.set()
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert begun.wait(STEP_S)
+        yield
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join()
+
+
+def wait_until_refused(host: Host) -> None:
+    """Until its agent has said why nothing can be read any more, to the world and to whoever reads."""
+    assert host.agent is not None
+    log = host.agent.log
+    wait_until(lambda: "is not read any more" in log.read_text(), "the view to be withdrawn", STEP_S)
+    wait_until(lambda: len(readers_of(host)) == 1, "one that tells so", STEP_S)
+
+
+def check_unharmed(guest: LiveGuest) -> None:
+    """It writes, there is nothing of us in it, and it can be read by others."""
     wait_until(lambda: left_in(guest) == [], "the guest to be rid of us", STEP_S)
     guest.wait_until_it_writes()
     assert "error" not in guest.guest.console().lower()
     where = {"type": "unix", "data": {"path": str(guest.directory / "users.nbd")}}
     by_user(guest, ("nbd-server-start", {"addr": where}), ("nbd-server-stop", {}))
+
+
+def check_failed(tested: Disks, asked: CheckpointView, why: str) -> None:
+    """The round, and nothing else: its guest is as it was, and the next point is right."""
+    done = tested.deployment.ended(asked)
+    assert done.state is CheckpointState.FAILED
+    assert why in done.why
+    check_unharmed(tested.host.guest)
     tested.check(tested.cloned_point())
     assert views_of(newest(tested.deployment, "shop"))["a"] == ""
 
@@ -182,19 +232,20 @@ def test_points_that_are_read_from_guests_equal_clones_made_in_their_stops(teste
 
 
 def test_a_view_is_read_as_it_was_while_its_guest_writes_over_it(tested: Disks) -> None:
+    held: dict[str, bytearray] = {}
     with resting_round(tested) as (asked, epoch):
-        for disk in ("a", "b"):
-            (copy,) = [copy for copy in epoch.reads["vm"].copies if copy.disk == disk]
+        for copy in copies_of(epoch):
             with connect(Endpoint.parse(copy.path)) as reading:
-                first = bytearray(reading.size)
-                reading.read_into(0, memoryview(first))
-                for _ in range(3):
-                    tested.host.guest.wait_until_it_writes()
-                again = bytearray(reading.size)
-                reading.read_into(0, memoryview(again))
-            assert first == again
-            assert first != tested.host.guest.disks["ab".index(disk)].image(tested.host.guest.directory).read_bytes()
-    assert tested.deployment.ended(asked).state is CheckpointState.PUBLISHED
+                held[copy.disk] = bytearray(reading.size)
+                reading.read_into(0, memoryview(held[copy.disk]))
+        for _ in range(4):
+            tested.host.guest.wait_until_it_writes()
+    assert set(held) == {"a", "b"}
+    point = tested.deployment.ended(asked).point
+    after = tested.deployment.published("shop")
+    for disk, content in held.items():
+        assert tested.deployment.bytes_of("shop", point, f"vm/{disk}") == content
+        assert tested.deployment.bytes_of("shop", after, f"vm/{disk}") != content
 
 
 def test_a_server_of_the_users_own_is_left_alone(tested: Disks) -> None:
@@ -207,27 +258,28 @@ def test_a_server_of_the_users_own_is_left_alone(tested: Disks) -> None:
     assert "NBD server already running" in views["b"]
     assert accepts(path)
     by_user(guest, ("nbd-server-stop", {}))
-    check_unharmed(tested)
+    check_unharmed(guest)
 
 
 def test_a_guest_can_be_stopped_and_cut_for_another_group_while_it_is_read(tested: Disks) -> None:
-    with resting_round(tested) as (asked, _):
-        by_user(tested.host.guest, ("stop", {}), ("cont", {}))
-        apply(tested.deployment, tested.host, "side", "d", POLICY)
-        tested.deployment.published("side")
-        tested.deployment.published("side")
-        assert "NBD server already running" in views_of(newest(tested.deployment, "side"))["d"]
-        assert newest(tested.deployment, "shop").phase is Phase.READABLE
+    deployment, host = tested.deployment, tested.host
+    with resting_round(tested) as (asked, epoch):
+        with reading_much(copies_of(epoch)[0].path):
+            by_user(host.guest, *[("stop", {}), ("cont", {})] * 10)
+        apply(deployment, host, "side", "d", POLICY)
+        deployment.published("side")
+        deployment.published("side")
+        assert "NBD server already running" in views_of(newest(deployment, "side"))["d"]
+        assert newest(deployment, "shop").phase is Phase.READABLE
     assert tested.deployment.ended(asked).state is CheckpointState.PUBLISHED
-    check_unharmed(tested)
+    check_unharmed(tested.host.guest)
 
 
 def test_a_reader_that_hangs_is_killed_and_keeps_no_guest_from_stopping(tested: Disks) -> None:
     """Its agent sleeps as well. What is in flight then is left unread."""
     host = tested.host
     with resting_round(tested) as (asked, epoch):
-        copy = epoch.reads["vm"].copies[0]
-        with reading_much(copy.path):
+        with reading_much(copies_of(epoch)[0].path):
             (reader,) = readers_of(host)
             host.signal_agent(signal.SIGSTOP)
             try:
@@ -241,59 +293,25 @@ def test_a_reader_that_hangs_is_killed_and_keeps_no_guest_from_stopping(tested: 
     check_failed(tested, asked, "the reader of the view was killed")
 
 
-@contextmanager
-def reading_much(uri: str) -> Iterator[None]:
-    """So that there is always something in flight between a reader and its guest."""
-    ends = threading.Event()
-
-    def read() -> None:
-        with suppress(FlushpointError), connect(Endpoint.parse(uri)) as reading:
-            buffer = memoryview(bytearray(8 * MIB))
-            while not ends.is_set():
-                reading.read_into(0, buffer)
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        ends.set()
-        for thread in threads:
-            thread.join()
-
-
-def wait_until_refused(host: Host) -> None:
-    """Until its agent has said why nothing can be read any more, to the world and to whoever reads."""
-    assert host.agent is not None
-    log = host.agent.log
-    wait_until(lambda: "is not read any more" in log.read_text(), "the view to be withdrawn", STEP_S)
-    wait_until(lambda: len(readers_of(host)) == 1, "one that tells so", STEP_S)
-
-
-def check_failed(tested: Disks, asked: CheckpointView, why: str) -> None:
-    done = tested.deployment.ended(asked)
-    assert done.state is CheckpointState.FAILED
-    assert why in done.why
-    check_unharmed(tested)
-
-
 def test_a_scratch_directory_that_is_full_fails_the_round_and_not_the_guest(tested: Disks, scratch: Path) -> None:
-    filler = scratch / "filler"
+    """It is cut while it stands still, so that all that it writes then is written over what the view needs."""
+    filler, guest = scratch / "filler", tested.host.guest
+    guest.wait_until_it_writes()
+    by_user(guest, ("stop", {}))
     with resting_round(tested) as (asked, _):
         with filler.open("wb") as file, suppress(OSError):
             while True:
                 file.write(bytes(MIB))
-        for _ in range(3):
-            tested.host.guest.wait_until_it_writes()
+        by_user(guest, ("cont", {}))
+        guest.wait_until_it_writes()
         filler.unlink()
     check_failed(tested, asked, "the view broke")
 
 
 def test_a_view_is_not_held_for_longer_than_its_policy_says(tested: Disks) -> None:
-    with resting_round(tested, POLICY.model_copy(update={"hold_timeout": 3.0})) as (asked, _):
+    with resting_round(tested, POLICY.model_copy(update={"hold_timeout": 5.0})) as (asked, _):
         wait_until_refused(tested.host)
-    check_failed(tested, asked, "views may be held for 3 s, and those of vm were")
+    check_failed(tested, asked, "views may be held for 5 s, and those of vm were")
 
 
 def test_an_agent_that_is_killed_leaves_nothing_that_is_read(tested: Disks) -> None:
@@ -305,3 +323,14 @@ def test_an_agent_that_is_killed_leaves_nothing_that_is_read(tested: Disks) -> N
         tested.host.guest.wait_until_it_writes()
         tested.host.start_agent(environ=tested.environ)
     check_failed(tested, asked, "its agent was started again")
+
+
+def test_a_guest_that_is_killed_while_it_is_read_leaves_nothing(tested: Disks, scratch: Path) -> None:
+    """The last test: there is no guest after it."""
+    with resting_round(tested) as (asked, _):
+        tested.host.guest.guest.kill()
+        wait_until_refused(tested.host)
+    done = tested.deployment.ended(asked)
+    assert done.state is CheckpointState.FAILED
+    assert "its guest has ended" in done.why
+    wait_until(lambda: list(scratch.iterdir()) == [], "the scratch directory to be empty", STEP_S)

@@ -53,7 +53,6 @@ IN_USE_S = 5.0
 """How long a node may be called in use after the job or the reader that used it is gone."""
 _IN_USE_PAUSE_S = 0.05
 _RECORD = ".view.json"
-_FILTER = f"{OURS}cbw-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class View:
 
     @property
     def filter_node(self) -> str:
-        return f"{_FILTER}{self.mark}"
+        return f"{OURS}cbw-{self.mark}"
 
     @property
     def access(self) -> str:
@@ -87,8 +86,6 @@ def refuse_unless_able(guest: Guest, disk: GuestDisk) -> None:
         raise RefusedError(
             f"the guest's QEMU is {version}, and views need {oldest}", "restart the guest on a newer QEMU"
         )
-    if disk.node.startswith(_FILTER):
-        raise RefusedError(f"{disk.device} is being copied for another epoch", "cut it when that is over")
     if disk.driver.startswith("copy-before-write"):
         raise RefusedError(
             f"{disk.device} has a copy-before-write filter already", "let whoever put it there take it away"
