@@ -194,6 +194,17 @@ def reading_much(uri: str) -> Iterator[None]:
             thread.join()
 
 
+@contextmanager
+def standing_still(guest: LiveGuest) -> Iterator[None]:
+    """It is cut so, unless the block lets it run: all that it writes then is written over what a view needs."""
+    guest.wait_until_it_writes()
+    by_user(guest, ("stop", {}))
+    try:
+        yield
+    finally:
+        by_user(guest, ("cont", {}))
+
+
 def wait_until_refused(host: Host) -> None:
     """Until its agent has said why nothing can be read any more, to the world and to whoever reads."""
     assert host.agent is not None
@@ -297,11 +308,8 @@ def test_a_reader_that_hangs_is_killed_and_keeps_no_guest_from_stopping(tested: 
 
 
 def test_a_scratch_directory_that_is_full_fails_the_round_and_not_the_guest(tested: Disks, scratch: Path) -> None:
-    """It is cut while it stands still, so that all that it writes then is written over what the view needs."""
     filler, guest = scratch / "filler", tested.host.guest
-    guest.wait_until_it_writes()
-    by_user(guest, ("stop", {}))
-    with resting_round(tested) as (asked, _):
+    with standing_still(guest), resting_round(tested) as (asked, _):
         with filler.open("wb") as file, suppress(OSError):
             while True:
                 file.write(bytes(MIB))
@@ -309,6 +317,14 @@ def test_a_scratch_directory_that_is_full_fails_the_round_and_not_the_guest(test
         guest.wait_until_it_writes()
         filler.unlink()
     check_failed(tested, asked, "the view broke")
+
+
+def test_a_view_that_takes_too_much_of_the_scratch_directory_is_withdrawn(tested: Disks) -> None:
+    tested.host.start_agent(environ={**tested.environ, "FLUSHPOINT_VIEW_LIMIT": str(2 * MIB)})
+    with standing_still(tested.host.guest), resting_round(tested) as (asked, _):
+        by_user(tested.host.guest, ("cont", {}))
+        wait_until_refused(tested.host)
+    check_failed(tested, asked, "GiB of scratch, and may take 0.00")
 
 
 def test_a_view_is_not_held_for_longer_than_its_policy_says(tested: Disks) -> None:
