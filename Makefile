@@ -44,7 +44,7 @@ check: $(READY)
 # Cheap tests first. The others mostly wait, each file for servers of its own.
 test: check system
 	pytest -n 2 $(CHEAP)
-	pytest -n 2 --dist loadfile $(REAL)
+	pytest -n 3 --dist loadfile $(REAL)
 	pytest -n 2 --dist loadfile --durations=10 $(GUESTS)
 
 demo: $(READY) system
