@@ -22,6 +22,7 @@ from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from coordinator.model.errors import UsageError
+from coordinator.model.guest_uri import is_guest_disk
 from coordinator.model.repository_uri import RepositoryUri, is_repository, parse_repository
 
 NBD_SCHEMES = frozenset({"nbd", "nbds", "nbd+unix", "nbds+unix"})
@@ -78,6 +79,10 @@ def parse(text: str) -> DiskUri:
         if parts.fragment:
             raise UsageError("a file URI has no fragment", "write %23 for a # in the path")
         return _file(unquote(parts.path), parts.query)
+    if is_guest_disk(text):
+        raise UsageError(
+            "a disk of a live guest is cut by a group of its host's agent", "let flushpoint mirror make a group of it"
+        )
     if parts.netloc and parts.scheme:
         raise UsageError(
             f"{_shown(parts)} has the unknown scheme {parts.scheme!r}",

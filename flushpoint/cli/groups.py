@@ -51,7 +51,7 @@ def apply(
     with session.connect() as client:
         for one in wanted:
             name = one.metadata.name
-            changes = _changes(_known(client, name), one.spec)
+            changes = _changes(known(client, name), one.spec)
             if not dry_run and changes != {}:
                 client.apply_group(name, one.spec)
             told.append((name, changes))
@@ -112,11 +112,16 @@ def checkpoint(
 ) -> None:
     """Make a recovery point of all disks of a group, cut at one moment after this, and wait for it."""
     with session.connect() as client:
-        asked = client.ask_for_checkpoint(name)
-        if detach:
-            output.write_json(asked.model_dump(mode="json")) if as_json else print(asked.id)
-            return
-        done = _awaited(client, asked)
+        make_point(client, name, detach=detach, as_json=as_json)
+
+
+def make_point(client: Client, name: str, *, detach: bool, as_json: bool) -> None:
+    """Ask for one, and print what becomes of it; or, to `detach`, the request's id."""
+    asked = client.ask_for_checkpoint(name)
+    if detach:
+        output.write_json(asked.model_dump(mode="json")) if as_json else print(asked.id)
+        return
+    done = _awaited(client, asked)
     if as_json:
         output.write_json(done.model_dump(mode="json"))
     if done.state is not CheckpointState.PUBLISHED:
@@ -144,12 +149,12 @@ def repository_of(name: str, given: str) -> str:
     if given:
         return given
     with session.connect() as client:
-        known = _known(client, name)
-    if known is None:
+        found = known(client, name)
+    if found is None:
         raise UsageError(
             f"{name} is no group that the coordinator knows", "name the repository of its points with --repository"
         )
-    return known.spec.repository
+    return found.spec.repository
 
 
 def _awaited(client: Client, asked: CheckpointView) -> CheckpointView:
@@ -204,7 +209,8 @@ def _wrong(error: ValidationError) -> str:
     return "; ".join(texts)
 
 
-def _known(client: Client, name: str) -> GroupView | None:
+def known(client: Client, name: str) -> GroupView | None:
+    """The group of this name, if there is one."""
     try:
         return client.group(name)
     except NotFoundError:

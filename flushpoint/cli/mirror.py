@@ -10,10 +10,13 @@ import typer
 from pydantic import ValidationError
 
 from coordinator.model.errors import UsageError
+from coordinator.model.guest_uri import is_guest_disk
 from coordinator.model.job import ErrorPolicy, JobSpec, Sync, parse_bytes
 from coordinator.model.repository_uri import is_repository, parse_repository
 from coordinator.model.uri import absolute
-from flushpoint.cli import output, session, waiting
+from flushpoint.cli import guests, output, session, waiting
+
+_OF_GUESTS = frozenset({"source", "target", "speed", "name", "detach", "as_json"})
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +24,14 @@ def register(app: typer.Typer) -> None:
 
 
 def mirror(
-    source: Annotated[str, typer.Argument(help="Disk to copy: a path, file://, nbd://, nbds:// or nbd+unix://.")],
+    context: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Disk to copy: a path, file://, nbd://, nbds:// or nbd+unix://; or a live guest's, by its monitor:"
+            " qemu+unix:///DEVICE?qmp=PATH. Of that a group of its own is made, whose points go to a repository."
+        ),
+    ],
     target: Annotated[str, typer.Argument(help="The copy, named in the same way.")],
     sync: Annotated[
         Sync, typer.Option(help="Which data: all, the top image's, a bitmap's, or what differs.")
@@ -61,6 +71,12 @@ def mirror(
 ) -> None:
     """Copy a disk, and wait until the copy is done."""
     here = str(Path.cwd())
+    if is_guest_disk(source):
+        _refuse_others(context)
+        group, group_spec = guests.group_of(source, absolute(target, here), name, parse_rate(speed))
+        with session.connect() as client:
+            guests.mirror(client, group, group_spec, detach=detach, as_json=as_json)
+        return
     try:
         spec = JobSpec(
             source=absolute(source, here),
@@ -88,6 +104,18 @@ def mirror(
             output.write_job(job, as_json)
         else:
             print(job.id)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """UsageError for options that say nothing of a guest's disk."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in _OF_GUESTS:
+            raise UsageError(
+                f"{parameter.opts[0]} does not go with a live guest's disk: each of its points has what changed since"
+                " the one before",
+                "leave it out",
+            )
 
 
 def _named(target: str, name: str) -> str:

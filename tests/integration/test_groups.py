@@ -217,6 +217,33 @@ def test_a_group_by_its_file_and_commands(deployment: Deployment, shop: tuple[Ho
     run("apply", "-f", file)
 
 
+def test_a_disk_of_a_guest_is_mirrored_as_a_group_of_its_own(deployment: Deployment, shop: tuple[Host, Host]) -> None:
+    first, _ = shop
+    run = Command(deployment)
+    run("delete", "shop")  # which has that disk
+    where = f"qmp={first.guest.monitor}&host={first.name}"
+    words = ("mirror", f"qemu+unix:///a?{where}", deployment.repository, "--name", "solo")
+    run(*words, "--detach")
+    made = deployment.stack.client.group("solo").spec
+    assert [member.model_dump(exclude_defaults=True) for member in made.members] == [
+        {"vm": first.guest.monitor.stem, "host": first.name, "qmp": str(first.guest.monitor), "disks": ("a",)}
+    ]
+    deployment.apply_members("solo", made.members, GroupPolicy(freeze_timeout=FREEZE_S, prepare_timeout=10))
+    run(*words)
+    number = int(run(*words, "--speed", "500M").strip().removeprefix("solo@"))
+    (member,) = deployment.point("solo", number).members
+    assert 0 < member.parent < number
+    assert "bitmap" in member.reason
+    assert deployment.number_in("solo", number, member.disk) > 0
+    policy = deployment.stack.client.group("solo").spec.policy
+    assert (policy.freeze_timeout, policy.speed) == (FREEZE_S, 500 * MIB), "what it was, and what was asked for"
+    assert "of other disks" in run("mirror", f"qemu+unix:///b?{where}", *words[2:], code=2)
+    assert "--overwrite does not go with" in run(*words, "--overwrite", code=2)
+    assert "is no repository" in run(*words[:2], "/copy.raw", code=2)
+    run("delete", "solo")
+    deployment.apply("shop", *shop)
+
+
 def test_points_follow_one_another_in_time(deployment: Deployment, shop: tuple[Host, Host]) -> None:
     client = deployment.stack.client
     before = client.group("shop")

@@ -13,9 +13,9 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 from coordinator.model.errors import FlushpointError, NotFoundError, UsageError
+from coordinator.model.guest_uri import is_guest_disk, parse_guest_disk
 from workers.access import Access
 from workers.agent.guest import OURS, GuestDisk, look_at
 from workers.agent.image_bitmaps import (
@@ -95,12 +95,14 @@ async def act(action: str, disk: str, name: str, granularity: int, base: str) ->
     """What the disk has afterwards."""
     if action in ("enable", "fill", "disable"):
         refuse_ours(name)
-    if not disk.startswith("qemu+unix:"):
+    if not is_guest_disk(disk):
         return await _act(ImageBitmaps(disk), action, name, granularity, base)
-    device, path = _guest_of(disk)
-    monitor = await Monitor.connect(path)
+    guest = parse_guest_disk(disk)
+    if guest.host:
+        raise UsageError(f"{disk!r} names a host", "run this on that host, and leave it out")
+    monitor = await Monitor.connect(Path(guest.qmp))
     try:
-        return await _act(GuestBitmaps(monitor, device), action, name, granularity, base)
+        return await _act(GuestBitmaps(monitor, guest.device), action, name, granularity, base)
     finally:
         await monitor.close()
 
@@ -122,15 +124,6 @@ async def _act(bitmaps: Bitmaps, action: str, name: str, granularity: int, base:
         case "fill":
             await bitmaps.fill(name, base)
     return await bitmaps.all()
-
-
-def _guest_of(text: str) -> tuple[str, Path]:
-    parts = urlsplit(text)
-    query = dict(parse_qsl(parts.query))
-    device = unquote(parts.path.removeprefix("/"))
-    if parts.netloc or not device or set(query) != {"qmp"} or not query["qmp"].startswith("/"):
-        raise UsageError(f"{text!r} names no disk of a guest", "write qemu+unix:///DEVICE?qmp=/path/of/its/monitor")
-    return device, Path(query["qmp"])
 
 
 def main() -> int:
