@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import random
 import shutil
@@ -106,6 +107,15 @@ async def cut(
     return parts, copied
 
 
+def scratch_that(fault: str, size: int) -> dict[str, object]:
+    """QAPI BlockdevOptions of what takes a scratch image's place: each write of it fails, or takes 2.5 s."""
+    if fault == "hangs":
+        return {"driver": "null-co", "size": size, "latency-ns": 2_500_000_000}
+    image = {"driver": "null-co", "size": size}
+    each = {"event": "none", "iotype": "write", "errno": errno.EIO, "once": False}
+    return {"driver": "blkdebug", "image": image, "inject-error": [each]}
+
+
 async def ours(vm: Vm) -> list[str]:
     """What of us is in the guest's QEMU."""
     nodes = await vm.monitor.execute("query-named-block-nodes", {"flat": True})
@@ -181,6 +191,41 @@ def test_what_bitmaps_name_is_all_that_changed_also_over_aborted_epochs(guest: L
                     point = epoch
                     await tidy(vm, guest, point)
             assert await ours(vm) == []
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("fault", ["fails", "hangs"])
+def test_a_scratch_image_that_fails_or_hangs_breaks_the_view_and_no_guest(
+    guest: LiveGuest, tmpfs_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Every write of the guest goes there first; one that waits does so once, for CBW_TIMEOUT_S."""
+
+    async def add_faulty(monitor: Monitor, node: str, path: Path) -> None:
+        size = max(disk.size for disk in guest.disks)
+        await monitor.execute("blockdev-add", {**scratch_that(fault, size), "node-name": node})
+
+    async def check() -> None:
+        async with monitored(guest, tmpfs_path) as vm:
+            with monkeypatch.context() as patched:
+                patched.setattr("workers.agent.views.add_image", add_faulty)
+                parts, _ = await cut(vm, guest, tmpfs_path, fault, 0, 1, clones=False)
+            for _ in range(3):
+                guest.wait_until_it_writes()
+            for part in parts:
+                with pytest.raises(UnavailableError, match="the view broke"):
+                    await stage(vm, part, lambda: WHOLE, STAGE_S)
+                await remove(vm.monitor, part.view)
+            assert await ours(vm) == []
+            assert (await vm.monitor.execute("query-status"))["status"] == "running", "and not io-error"
+            guest.wait_until_it_writes()
+
+            parts, clones = await cut(vm, guest, tmpfs_path, fault, 0, 2)
+            for disk, part, clone in zip(guest.disks, parts, clones, strict=True):
+                staged = await stage(vm, part, lambda: WHOLE, STAGE_S)
+                await remove(vm.monitor, part.view)
+                assert same_disk(clone, disk.format, staged.image, "qcow2")
+                staged.image.unlink()
 
     asyncio.run(check())
 
