@@ -337,3 +337,53 @@ def test_a_guard_that_hangs_takes_no_guest_back_later(guest: LiveGuest, guard: P
 
     asyncio.run(ask())
     wait_until(lambda: psutil.Process(guard.pid).status() == psutil.STATUS_ZOMBIE, "the guard to be gone")
+
+
+def test_a_guest_is_left_to_a_guard_that_has_not_heard_of_it(
+    guest: LiveGuest, guard: Process, tmpfs_path: Path
+) -> None:
+    """As to one that was started since."""
+
+    async def leave() -> None:
+        monitor, link = await Monitor.connect(guest.monitor), GuardLink(tmpfs_path / "guard")
+        await monitor.execute("stop")
+        link.leave(str(guest.monitor), monitor.fileno())
+        await monitor.close()
+        link.close()
+
+    asyncio.run(leave())
+    guest.wait_until_it_writes()
+    asyncio.run(run_on(guest))  # nobody holds its monitor
+
+
+def test_a_guest_that_was_not_stopped_is_forgotten_with_its_connection(
+    guest: LiveGuest, guard: Process, tmpfs_path: Path
+) -> None:
+    """Else it would be let run by whoever connects next, though its user has paused it meanwhile."""
+    journal = Journal(tmpfs_path / "journal")
+
+    async def arm() -> None:
+        vm = Vm(await Monitor.connect(guest.monitor), GuardLink(tmpfs_path / "guard"), journal)
+        assert await vm.arm()
+        assert list(journal.frozen()) == [guest.monitor]
+        await vm.close()
+
+    asyncio.run(arm())
+    assert list(journal.frozen()) == []
+
+
+def test_a_guest_that_was_started_again_since_its_stop_is_not_let_run(
+    guest: LiveGuest, guard: Process, tmpfs_path: Path
+) -> None:
+    journal = Journal(tmpfs_path / "journal")
+    journal.write(guest.monitor, f"{guest.pid()}@1")
+
+    async def pause() -> None:
+        monitor = await Monitor.connect(guest.monitor)
+        await monitor.execute("stop")
+        await monitor.close()
+
+    asyncio.run(pause())
+    assert asyncio.run(let_run(journal)) == [f"{guest.monitor} was started again since it was stopped"]
+    assert list(journal.frozen()) == []
+    assert has_stopped_writing(guest)

@@ -16,10 +16,12 @@ import psutil
 import pytest
 
 from coordinator.model.epoch import Consistency, Participant
+from coordinator.model.errors import RefusedError
 from coordinator.model.group import GroupPolicy, GroupSpec
 from coordinator.model.mirror import MirrorSpec
 from coordinator.model.point import TRACKING, Member
 from coordinator.model.view import CheckpointState
+from tests.contract.disks import loop_device
 from tests.deployment import FREEZE_S, Command, Deployment, member_of
 from tests.group_disks import Disks
 from tests.guest import GuestKit
@@ -236,6 +238,25 @@ def test_an_image_is_handed_from_one_stand_in_to_the_next(deployment: Deployment
         await asyncio.gather(*(take() for _ in range(3)))
 
     asyncio.run(run())
+
+
+@pytest.mark.needs("losetup")
+def test_a_device_of_a_machine_that_may_run_elsewhere_is_let_be(deployment: Deployment) -> None:
+    """Locks of a device reach no other host; of one that is nobody's disk there is nobody to lock it out."""
+    bare = Bare(deployment, "shared")
+    with loop_device(bare.image) as device:
+        images = {"data": f"file://{device}?format=qcow2"}
+        member = Participant(vm="shared", host="hv1", disks=("data",), images=images)
+        nobody: Any = SimpleNamespace()
+        standins = StandIns(deployment.directory, Access(["/dev"], []), nobody, nobody)
+
+        async def take(one: Participant) -> int:
+            async with standins.open(one) as vm:
+                return (await look_at(vm.monitor)).disk("data").size
+
+        assert asyncio.run(take(member)) == SIZE
+        with pytest.raises(RefusedError, match="may run on another host"):
+            asyncio.run(take(member.model_copy(update={"qmp": "/run/vm/shared.qmp"})))
 
 
 def test_a_raw_image_is_compared_and_copied_in_one_part(deployment: Deployment, host: Host) -> None:

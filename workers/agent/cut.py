@@ -140,7 +140,7 @@ class Vm:
                 raise RefusedError("the guest is being migrated", "try again when that is done")
             if status["running"]:
                 await asyncio.to_thread(self.guard.check)
-                await asyncio.to_thread(self.journal.write, self.monitor.path)
+                await asyncio.to_thread(self.journal.write, self.monitor.path, self.monitor.process())
             self._armed = bool(status["running"])
         return self._armed
 
@@ -198,10 +198,10 @@ class Vm:
 
     async def _forget(self) -> None:
         """It runs: neither guard nor journal has to do with it any more."""
+        self._is_held = False
         with suppress(UnavailableError):  # a guard that is gone or hangs lets the guest run, too
             await asyncio.to_thread(self.guard.thawed, self._name)
         await asyncio.to_thread(self.journal.erase, self.monitor.path)
-        self._is_held = False
 
     def forgets(self, disk: GuestDisk) -> bool:
         """Whether a bitmap that is added now ends with the epoch, so that it tells the next one nothing."""
@@ -210,9 +210,11 @@ class Vm:
     async def close(self) -> None:
         """Give monitor and guard back. A guest that has not said that it runs is the guard's from now on: QEMU would
         drop what it has not read of a connection that has ended."""
-        if self._is_held:
-            with suppress(UnavailableError):  # the journal remembers it
+        with suppress(UnavailableError):  # the journal remembers it
+            if self._is_held:
                 await asyncio.to_thread(self.guard.leave, self._name, self.monitor.fileno())
+            else:
+                await self.disarm()
         await self.monitor.close()
         self.guard.close()
 
@@ -240,8 +242,11 @@ async def let_run(journal: Journal) -> list[str]:
             continue
         else:
             try:
-                await resume(monitor)
-                done.append(f"let {path} run, which stood still since its agent was killed")
+                if journal.is_of(path, monitor.process()):
+                    await resume(monitor)
+                    done.append(f"let {path} run, which stood still since its agent was killed")
+                else:
+                    done.append(f"{path} was started again since it was stopped")
             except FlushpointError as error:
                 done.append(f"cannot let {path} run: {error}")
                 continue

@@ -141,7 +141,7 @@ class FileSystems:
 async def leave(guard: GuardLink, agent: GuestAgent) -> None:
     """To the guard, which goes on until it is heard to have thawed. Nobody else may use the connection any more."""
     with suppress(UnavailableError):  # the journal remembers it for the next agent
-        await asyncio.to_thread(guard.leave, str(agent.path), agent.fileno())
+        await asyncio.to_thread(guard.leave_files, str(agent.path), agent.fileno())
 
 
 async def thaw_left(journal: Journal, guard: GuardLink) -> list[str]:

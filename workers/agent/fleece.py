@@ -39,6 +39,8 @@ class Fleece:
     monitor: Path
     directory: Path
     """The guest's QEMU makes its socket in there, so it is lent to it."""
+    process: str = ""
+    """Of that QEMU."""
 
     @property
     def socket(self) -> Path:
@@ -54,7 +56,7 @@ class _Record(BaseModel):
 async def begin(monitor: Monitor, scratch: Path, disks: int) -> Fleece:
     """Let the guest's QEMU listen, for as many connections as there are disks. GuestRefusedError if a server runs in it
     already; UnavailableError if there is no room for a record of it."""
-    fleece = Fleece(monitor.path, scratch / f"{secrets.token_hex(4)}.fleece")
+    fleece = Fleece(monitor.path, scratch / f"{secrets.token_hex(4)}.fleece", monitor.process())
     try:
         await asyncio.to_thread(_make, monitor, fleece)
         address = {"type": "unix", "data": {"path": str(fleece.socket)}}
@@ -68,44 +70,42 @@ async def begin(monitor: Monitor, scratch: Path, disks: int) -> Fleece:
     return fleece
 
 
-async def export(monitor: Monitor, view: View, changed: tuple[str, ...]) -> None:
+async def export(monitor: Monitor, fleece: Fleece, view: View, changed: tuple[str, ...]) -> None:
     """Let a view be read, together with what bitmaps say was written. GuestRefusedError."""
     await merge(monitor, view, changed)
-    name = export_of(view)
+    name = export_of(fleece, view)
     what = {"type": "nbd", "id": name, "name": name, "node-name": view.access, "bitmaps": [BITMAP]}
     await monitor.execute("block-export-add", what)
 
 
-def export_of(view: View) -> str:
-    return f"{_EXPORT}{view.mark}"
+def export_of(fleece: Fleece, view: View) -> str:
+    return f"{_exports_of(fleece)}{view.mark}"
+
+
+def _exports_of(fleece: Fleece) -> str:
+    """How their names begin."""
+    return f"{_EXPORT}{fleece.directory.stem}-"
 
 
 async def end(monitor: Monitor, fleece: Fleece) -> None:
     """Nobody reads the guest any more, and nothing of its QEMU listens; views can be removed. Of what is there alone,
     any number of times. UnavailableError if an export does not go; then the fleece is still remembered."""
-    ours = await _exports(monitor)
+    ours = await _exports(monitor, fleece)
     for name in ours:
         await monitor.execute("block-export-del", {"id": name, "mode": "hard"})
     ends_at = asyncio.get_running_loop().time() + IN_USE_S
-    while ours and await _exports(monitor):  # a client is just being sent away
+    while ours and await _exports(monitor, fleece):  # a client is just being sent away
         if asyncio.get_running_loop().time() > ends_at:
             raise UnavailableError(f"{monitor.path} does not let go of {ours[0]}", "look whether its QEMU hangs")
         await asyncio.sleep(_LOOK_S)
-    if _is_bound(fleece.socket):
+    if monitor.process() == fleece.process and fleece.socket.exists():  # nobody else makes that socket: it is ours
         await monitor.execute("nbd-server-stop")
     forget(fleece)
 
 
-async def _exports(monitor: Monitor) -> list[str]:
+async def _exports(monitor: Monitor, fleece: Fleece) -> list[str]:
     exports = await monitor.execute("query-block-exports")
-    return [str(export["id"]) for export in exports if str(export["id"]).startswith(_EXPORT)]
-
-
-def _is_bound(path: Path) -> bool:
-    """Nobody but the guest's QEMU makes that socket: if it is there, the server is ours. It is not asked by connecting
-    to it, for QEMU before 9.1 may abort when its server is stopped with a client that has not opened anything
-    (CVE-2024-7409)."""
-    return any(line.endswith(f" {path}") for line in Path("/proc/net/unix").read_text().splitlines())
+    return [str(export["id"]) for export in exports if str(export["id"]).startswith(_exports_of(fleece))]
 
 
 def remembered(scratch: Path) -> Iterator[Fleece]:

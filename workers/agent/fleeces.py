@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import structlog
 
 from coordinator.ledger.barrier import Barrier
 from coordinator.model.epoch import DiskCopy, Epoch
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
-from workers.agent import fleece as guests
 from workers.agent.cut import Part, Vm
-from workers.agent.fleece import Fleece
+from workers.agent.fleece import Fleece, end, export, export_of
+from workers.agent.fleece import forget as forget_fleece
+from workers.agent.guests import Guests
+from workers.agent.monitor import GuestSilentError
 from workers.agent.participant import fail
 from workers.agent.reader import ReadDisk, Reading
 from workers.agent.readers import Reader, Readers
@@ -44,22 +45,22 @@ class _Open:
     epoch: Epoch
     vm: str
     fleece: Fleece
-    views: Sequence[View]
+    views: tuple[View, ...]
     reader: Reader
+    reading: ExitStack
+    """Of what guests are not cleared meanwhile."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Fleeces:
     """Of one agent; in its event loop."""
 
-    def __init__(
-        self, barrier: Barrier, room: Room, readers: Readers, connect: Callable[[Path], Awaitable[Vm]]
-    ) -> None:
-        """`connect` gives the guest of a monitor, connected to anew where that is needed."""
+    def __init__(self, barrier: Barrier, room: Room, readers: Readers, guests: Guests) -> None:
         self._barrier = barrier
         self._room = room
         self._readers = readers
-        self._connect = connect
+        self._guests = guests
+        self._uncleared: list[tuple[Fleece, tuple[View, ...]]] = []
         self._open: defaultdict[str, list[tuple[_Open, asyncio.Task[None]]]] = defaultdict(list)
         """By the names of epochs."""
         self._refused: defaultdict[str, list[Reader]] = defaultdict(list)
@@ -71,19 +72,21 @@ class Fleeces:
 
     async def open(self, epoch: Epoch, vm: str, monitored: Vm, fleece: Fleece, parts: Sequence[Part]) -> list[DiskCopy]:
         """Where these disks can be read from now on. After an error nothing is left in the guest. FlushpointError."""
-        views = [part.view for part in parts]
-        try:
-            disks = []
-            for part in parts:
-                await guests.export(monitored.monitor, part.view, part.rotation.changed)
-                size, device = part.view.disk.size, part.view.disk.device
-                name = f"{epoch.name}/{vm}/{device}"
-                disks.append(ReadDisk(name=name, size=size, export=guests.export_of(part.view)))
-            reader = await self._readers.start(fleece, disks)
-        except BaseException:
-            await self._clear(fleece, views)
-            raise
-        one = _Open(epoch, vm, fleece, views, reader)
+        views = tuple(part.view for part in parts)
+        with ExitStack() as reading:
+            reading.enter_context(self._guests.reading(fleece, views))
+            try:
+                disks = []
+                for part in parts:
+                    await export(monitored.monitor, fleece, part.view, part.rotation.changed)
+                    size, device = part.view.disk.size, part.view.disk.device
+                    name = f"{epoch.name}/{vm}/{device}"
+                    disks.append(ReadDisk(name=name, size=size, export=export_of(fleece, part.view)))
+                reader = await self._readers.start(fleece, disks)
+            except BaseException:
+                await self._clear(fleece, views)
+                raise
+            one = _Open(epoch, vm, fleece, views, reader, reading.pop_all())
         self._open[epoch.name].append((one, asyncio.create_task(self._hold(one))))
         return [
             DiskCopy(
@@ -99,12 +102,12 @@ class Fleeces:
 
     async def end(self, epoch: str) -> None:
         """Nobody needs them any more. Any number of times, by several at once; they are gone when it returns."""
-        held = self._open.get(epoch, [])
-        for one, _ in held:
-            one.over.set()
-        if held:
+        while held := self._open.get(epoch):
+            for one, _ in held:
+                one.over.set()
             await asyncio.wait([task for _, task in held])
-            self._open.pop(epoch, None)
+            self._open[epoch] = [(one, task) for one, task in self._open[epoch] if not task.done()]
+        self._open.pop(epoch, None)
         for reader in self._refused.pop(epoch, []):
             await _dismiss(reader)
 
@@ -119,37 +122,16 @@ class Fleeces:
         for epoch in self.epochs:
             await self.end(epoch)
 
-    def read_now(self) -> set[str]:
-        """The marks of views that are."""
-        return {view.mark for one in self._all() for view in one.views}
-
-    def monitors(self) -> set[Path]:
-        """Of guests in which something was left to be read, as far as is remembered, or is read now."""
-        return {fleece.monitor for fleece in guests.remembered(self._readers.scratch)}
-
     def clear(self) -> None:
         """What readers have left that ended with an agent before this one."""
         for path in self._readers.scratch.glob("*.reader"):
             path.unlink()
 
-    async def take_away_left(self, vm: Vm) -> None:
-        """What an agent before this one has left to be read in a guest. FlushpointError if it does not go."""
-        for fleece in self._left(vm.monitor.path):
-            await guests.end(vm.monitor, fleece)
-            log.warning("took away what was left to be read", monitor=str(fleece.monitor))
-
-    def forget(self, monitor: Path) -> None:
-        """That guest has ended."""
-        for fleece in self._left(monitor):
-            guests.forget(fleece)
-
-    def _left(self, monitor: Path) -> list[Fleece]:
-        ours = [one.fleece for one in self._all()]
-        known = guests.remembered(self._readers.scratch)
-        return [fleece for fleece in known if fleece.monitor == monitor and fleece not in ours]
-
-    def _all(self) -> list[_Open]:
-        return [one for held in self._open.values() for one, _ in held]
+    async def clear_again(self) -> None:
+        """What could not be taken away before."""
+        uncleared, self._uncleared = self._uncleared, []
+        for fleece, views in uncleared:
+            await self._clear(fleece, views)
 
     async def refuse(self, epoch: Epoch, vm: str, why: str) -> None:
         """What that agent has offered to be read is not there: whoever reads it hears why."""
@@ -161,7 +143,15 @@ class Fleeces:
     # -- one of them ---------------------------------------------------------------------------------------
 
     async def _hold(self, one: _Open) -> None:
-        why = await self._why_it_ends(one)
+        with one.reading:
+            await self._held(one)
+
+    async def _held(self, one: _Open) -> None:
+        try:
+            why = await self._why_it_ends(one)
+        except Exception as error:  # a mistake of ours must not hold a view for ever
+            log.exception("cannot look after what is read", epoch=one.epoch.name, vm=one.vm)
+            why = f"its agent failed: {error!r}"
         await one.reader.kill()  # first: what a frozen one has not read would keep its guest from hearing anything
         if not why:
             await self._clear(one.fleece, one.views)
@@ -178,7 +168,7 @@ class Fleeces:
     async def _why_it_ends(self, one: _Open) -> str:
         """Waits until it does; "": its epoch is over."""
         hold_s = one.epoch.spec.hold_ms / 1000
-        ends = [self._over(one), one.reader.ended(), self._no_room(one.views), self._guest_gone(one.fleece.monitor)]
+        ends = [self._over(one), one.reader.ended(), self._no_room(one.views), self._guest_gone(one.fleece)]
         why = await _first(ends, hold_s)
         return f"views may be held for {hold_s:g} s, and those of {one.vm} were" if why is None else why
 
@@ -193,13 +183,13 @@ class Fleeces:
             return error.message
         raise AssertionError("it watches for ever")
 
-    async def _guest_gone(self, monitor: Path) -> str:
+    async def _guest_gone(self, fleece: Fleece) -> str:
         try:
-            while True:
-                await self._connect(monitor)
+            while (await self._guests.connected(fleece.monitor)).monitor.process() == fleece.process:
                 await asyncio.sleep(LOOK_S)
         except FlushpointError as error:
             return error.message
+        return "its guest was started again"
 
     async def _refusing(self, reading: Reading, why: str) -> Reader | None:
         """None if there can be none: then who reads hears no reason."""
@@ -214,19 +204,23 @@ class Fleeces:
         with suppress(FlushpointError):
             await fail(one.epoch, one.vm, self._barrier, why)
 
-    async def _clear(self, fleece: Fleece, views: Sequence[View]) -> None:
-        """Nothing of it is left in the guest. What cannot be taken away now an agent that starts finds again."""
+    async def _clear(self, fleece: Fleece, views: tuple[View, ...]) -> None:
+        """Nothing of it is left in the guest; or it is tried again later, and by an agent that starts."""
+        vm: Vm | None = None
         try:
-            vm = await self._connect(fleece.monitor)
-            await guests.end(vm.monitor, fleece)
+            vm = await self._guests.connected(fleece.monitor)
+            await end(vm.monitor, fleece)
             for view in views:
                 await remove(vm.monitor, view)
         except NotFoundError:
-            guests.forget(fleece)
+            forget_fleece(fleece)
             for view in views:
                 forget(view)
         except FlushpointError as error:
             log.warning("something is left in a guest", monitor=str(fleece.monitor), error=str(error))
+            self._uncleared.append((fleece, views))
+            if vm is not None and isinstance(error, GuestSilentError):
+                await self._guests.let_go(vm)
 
 
 async def _first(ends: Sequence[Coroutine[None, None, str]], timeout_s: float) -> str | None:

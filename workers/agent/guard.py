@@ -8,7 +8,7 @@
       freeze-files NAME, deadline, one of the guest agent's connection       before its file systems are frozen
       revert NAME, drives                                                    let it run now, on what it was attached to
       thawed NAME                                                            after the answer to `cont`, or to the thaw
-      leave NAME, a duplicate                                                that answer did not come: the guard's now,
+      leave NAME, leave-files NAME, a duplicate                              that answer did not come: the guard's now,
                                                                              and nobody else reads there any more
       watch NAME                                                             said by a reader, again and again
       (the connection ends)                                                  the agent is gone: all its guests, at once
@@ -39,6 +39,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import selectors
 import signal
@@ -65,7 +66,7 @@ _PEER = struct.Struct("iII")
 END_S = 2.0
 """How long a guard that is told to end waits for answers."""
 MOST_FREEZES = 4096
-_KINDS = {"freeze": MONITOR, "freeze-files": GUEST_AGENT}
+_KINDS = {"freeze": MONITOR, "leave": MONITOR, "freeze-files": GUEST_AGENT, "leave-files": GUEST_AGENT}
 
 
 class Guard:
@@ -132,7 +133,12 @@ class Guard:
         return max(0.0, min(_LOOK_S if self._ending else 1.0, min(ends, default=float("inf")) - time.monotonic()))
 
     def _accept(self) -> None:
-        agent, _ = self._listener.accept()
+        try:
+            agent, _ = self._listener.accept()
+        except OSError as error:  # out of descriptors, say: those who are there are more important
+            self._say(f"cannot take a connection: {error.strerror}")
+            time.sleep(_LOOK_S)  # it stays ready
+            return
         agent.setblocking(False)
         self._agents[agent] = _process_of(agent)
         self._selector.register(agent, selectors.EVENT_READ)
@@ -153,7 +159,7 @@ class Guard:
         try:
             self._obey(agent, json.loads(data), descriptors)
             answer = {"ok": True, "error": ""}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             answer = {"ok": False, "error": str(error)}
         for descriptor in descriptors:  # those that were wanted were duplicated
             os.close(descriptor)
@@ -183,8 +189,8 @@ class Guard:
             case "thawed":
                 if key in self._freezes:
                     self._freezes.pop(key).connection.close()
-            case "leave":
-                left = self._freezes.pop(key, None) or self._held(agent, name, GUEST_AGENT, descriptors, 0.0)
+            case "leave" | "leave-files" as kind:
+                left = self._freezes.pop(key, None) or self._held(agent, name, _KINDS[kind], descriptors, 0.0)
                 self._take_over(left, "its agent has not heard it say so")
             case "watch":
                 if self._agents[agent] < 0 or has_hung_up(agent):
@@ -406,10 +412,14 @@ class GuardLink:
         """After `cont`, or the thaw. UnavailableError: a guard that is gone has told everybody to run."""
         self._ask({"do": "thawed", "guest": guest}, [])
 
-    def leave(self, guest: str, agent: int) -> None:
-        """It has not said that its file systems are thawed: the guard goes on with it. The connection is not to be
-        used any more. UnavailableError."""
-        self._ask({"do": "leave", "guest": guest}, [agent])
+    def leave(self, guest: str, monitor: int) -> None:
+        """It has not said that it runs: the guard goes on with it, also one that was started since. The connection is
+        not to be used any more. UnavailableError."""
+        self._ask({"do": "leave", "guest": guest}, [monitor])
+
+    def leave_files(self, guest: str, agent: int) -> None:
+        """It has not said that its file systems are thawed; else the same."""
+        self._ask({"do": "leave-files", "guest": guest}, [agent])
 
     def close(self) -> None:
         if self._socket is not None:
@@ -464,6 +474,8 @@ class GuardLink:
 def main() -> int:
     """Serve until SIGTERM or SIGINT; what the guard does is told on stderr."""
     ended = threading.Event()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # some for every guest, and every reader
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     try:

@@ -31,14 +31,15 @@ class Journal:
         """Of guests whose file systems are frozen, known by the sockets of their own agents."""
         return Journal(self.directory / "files")
 
-    def write(self, guest: Path) -> None:
-        """Durable when it returns. UnavailableError: then the guest is not touched."""
+    def write(self, guest: Path, process: str = "") -> None:
+        """Durable when it returns; `process` is that of its QEMU, "" of one that is not known. UnavailableError: then
+        the guest is not touched."""
         path = self._path(guest)
         with self._told("written"):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = path.with_suffix(".new")
             with temporary.open("w") as file:
-                json.dump({"socket": str(guest)}, file)
+                json.dump({"socket": str(guest), "process": process}, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -56,8 +57,21 @@ class Journal:
         for path in sorted(self.directory.glob(f"*{_ENDING}")):
             try:
                 yield Path(str(json.loads(path.read_text())["socket"]))
+            except FileNotFoundError:  # just erased
+                continue
             except (ValueError, KeyError):
                 path.unlink(missing_ok=True)  # cut off by a crash before it was renamed: nothing was stopped yet
+
+    def has(self, guest: Path) -> bool:
+        return self._path(guest).exists()
+
+    def is_of(self, guest: Path, process: str) -> bool:
+        """Whether it was this one that was stopped, as far as is known, and not one before it."""
+        try:
+            known = str(json.loads(self._path(guest).read_text()).get("process", ""))
+        except (OSError, ValueError):
+            return False
+        return not known or not process or known == process
 
     def _path(self, guest: Path) -> Path:
         return self.directory / f"{sha256(str(guest).encode()).hexdigest()[:32]}{_ENDING}"

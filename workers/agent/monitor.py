@@ -315,6 +315,15 @@ class Monitor:
         """Of the process that made the monitor's socket: QEMU itself, unless somebody else has opened it for it."""
         return self._peer()[0]
 
+    def process(self) -> str:
+        """What tells that process from every other one that has had its number; "" if it cannot be seen from here."""
+        pid = self.pid_of_qemu()
+        try:
+            started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5), starttime
+        except (OSError, IndexError):
+            return ""
+        return f"{pid}@{started}"
+
     def _peer(self) -> tuple[int, int, int]:
         return _PEER.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
 

@@ -209,6 +209,7 @@ class Machine:
             wait_s = 0.0 if files.are_held else share_s
             stood_s, has_run = await self.vm.go_on(frozen, partial(wait, Moment.GONE_ON, timeout_s=wait_s))
         except BaseException:
+            self._muster.leave(self.name)  # first, or another tells of it as of one that stands still
             await self.vm.thaw(frozen)
             raise
         if has_run:

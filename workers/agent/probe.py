@@ -35,6 +35,8 @@ READS = 3
 """How often it is left in each way."""
 _READ_BYTES = 65536
 _AGAIN_S = 0.02
+_ENVIRON = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+"""Nothing of the agent's: the program is one that a guest may have broken out of."""
 _SPOKEN = frozenset(
     {"blockdev-add", "block-export-add", "block-export-del", "nbd-server-start", "nbd-server-stop", "query-status"}
 )
@@ -114,7 +116,7 @@ async def _running(
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, Monitor]]:
     """A QEMU that has no guest, from an open file. UnavailableError if it does not start."""
     path = directory / "qmp"
-    command = ["setpriv", "--pdeathsig", "KILL"]
+    command = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs"]
     if user[0] != os.geteuid():
         command += ["--reuid", str(user[0]), "--regid", str(user[1]), "--clear-groups"]
     command += ["--", f"/proc/self/fd/{program}", "-machine", "none,accel=tcg:kvm", "-S", "-nodefaults"]
@@ -122,7 +124,7 @@ async def _running(
     command += ["-qmp", f"unix:{path},server=on,wait=off"]
     quiet = asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=(program,), cwd="/"
+        *command, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=(program,), cwd="/", env=_ENVIRON
     )
     try:
         monitor = await _greeted(process, path)

@@ -18,7 +18,6 @@ import asyncio
 import os
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -31,15 +30,15 @@ from coordinator.model.bitmap import Owner, Tracking, all_of, leftovers
 from coordinator.model.epoch import OVER, DiskCopy, Epoch, Participant, Phase, ReadFacts, ViewKind
 from coordinator.model.errors import FlushpointError, NotFoundError, UnavailableError
 from workers.access import Access
-from workers.agent.cut import Part, Vm, let_run, resume
+from workers.agent.cut import Part, Vm, let_run
 from workers.agent.feed import AGAIN_S, Feed
 from workers.agent.files import thaw_left
 from workers.agent.fleeces import Fleeces
 from workers.agent.guard import GuardLink
 from workers.agent.guest import look_at
+from workers.agent.guests import Guests
 from workers.agent.journal import Journal
-from workers.agent.monitor import GuestSilentError, Monitor
-from workers.agent.moves import close_targets, end_jobs
+from workers.agent.monitor import GuestSilentError
 from workers.agent.muster import Muster
 from workers.agent.participant import AGAIN, AbortedError, Machine, Taken, fail, recover, why_of
 from workers.agent.pivot import PivotingMachine
@@ -48,9 +47,9 @@ from workers.agent.readers import Readers
 from workers.agent.relay import Relay
 from workers.agent.room import Room
 from workers.agent.sockets import Sockets
-from workers.agent.stage import clear, forget, stage
+from workers.agent.stage import stage
 from workers.agent.standin import StandIns
-from workers.agent.views import remembered, remove
+from workers.agent.views import remove
 from workers.failpoint import pass_point
 
 STAGE_S = 3600.0
@@ -88,13 +87,11 @@ class Agent:
         self._access = access
         self._relay = relay
         self._standins = StandIns(room.directory, access, guard, journal)
-        self._fleeces = Fleeces(barrier, room, readers, self._vm)
+        self._guests = Guests(guard, journal, room.directory)
+        self._fleeces = Fleeces(barrier, room, readers, self._guests)
         self._probe = Probe()
         self._feed = Feed(barrier, host)
-        self._vms: dict[Path, Vm] = {}
-        self._connecting: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._at_work: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._resuming: set[asyncio.Task[None]] = set()
         self._staging: dict[tuple[str, int], list[asyncio.Task[tuple[DiskCopy, ...]]]] = {}
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -103,7 +100,7 @@ class Agent:
             log.warning(sentence)
         await asyncio.to_thread(self._standins.clear)
         await asyncio.to_thread(self._fleeces.clear)
-        await self._clear_guests()
+        await self._guests.clear()
         if self._relay is not None:
             await self._relay.start()
         position = await self._barrier.last_news(self._host)
@@ -121,13 +118,12 @@ class Agent:
         try:
             await self._feed.listen(position, self._told)
         finally:
-            tasks = [looking, *self._at_work.values(), *self._resuming]
+            tasks = [looking, *self._at_work.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._fleeces.close()
-            for vm in self._vms.values():
-                await vm.close()
+            await self._guests.close()
             if self._relay is not None:
                 await self._relay.close()
 
@@ -168,8 +164,8 @@ class Agent:
                 machine = PivotingMachine(participant.vm, vm, self._room, self._access, muster)
             else:
                 machine = Machine(participant.vm, vm, self._room, self._sockets, muster, self._probe)
-        except FlushpointError as error:
-            said.warning("cannot take part", error=str(error))
+        except Exception as error:  # a mistake of ours must not let others wait either
+            said.warning("cannot take part", error=str(error), exc_info=not isinstance(error, FlushpointError))
             muster.leave(participant.vm)
             await off.aclose()
             await self._fail(epoch, participant.vm, error)
@@ -191,7 +187,7 @@ class Agent:
         except FlushpointError as error:
             said.warning("nothing comes of this machine's part", error=str(error))
             if isinstance(error, GuestSilentError):
-                await self._let_go(vm)
+                await self._guests.let_go(vm)
             await self._fail(epoch, participant.vm, error)
         except Exception as error:  # a mistake of ours must not let others wait either
             said.exception("nothing comes of this machine's part")
@@ -305,7 +301,7 @@ class Agent:
         for one in point.on(self._host):
             if one.qmp:
                 with suppress(NotFoundError):  # it is off by now, and they go with its next point, as of bare disks
-                    vm = await self._vm(self._sockets.checked(one.qmp))
+                    vm = await self._guests.connected(self._sockets.checked(one.qmp))
                     await self._remove(vm, point, one, lambda tracking, owner: leftovers(tracking, owner, point.number))
         for one in point.spec.leaving:
             if one.host == self._host:
@@ -352,9 +348,12 @@ class Agent:
             self._feed.missed.clear()
             try:
                 await self._clear_unheard()
+                await self._fleeces.clear_again()
+                await self._guests.clear()
             except FlushpointError as error:
                 log.warning("cannot look which epochs are over", error=str(error))
-            await self._clear_guests()
+            except Exception:  # whatever it is, it is tried again
+                log.exception("cannot clear up")
 
     async def _clear_unheard(self) -> None:
         """What is there before the ledger is asked belongs to epochs that were opened before: those it does not name
@@ -375,7 +374,7 @@ class Agent:
         targets: nobody would go on there."""
         if participant.qmp:
             try:
-                return await self._vm(self._sockets.checked(participant.qmp))
+                return await self._guests.connected(self._sockets.checked(participant.qmp))
             except NotFoundError:
                 if not participant.images or epoch.spec.pivots:
                     raise
@@ -385,75 +384,6 @@ class Agent:
             vm, epoch, participant, lambda all_, owner: leftovers(all_, owner, points.get(owner.disk, 0))
         )
         return vm
-
-    async def _vm(self, path: Path) -> Vm:
-        """Connected to anew if its guest was started again, and never by two epochs at once: a monitor does not greet
-        a second client."""
-        async with self._connecting[path]:
-            if path in self._vms and not self._vms[path].monitor.is_open:
-                await self._vms.pop(path).close()
-            if path not in self._vms:
-                guard = await asyncio.to_thread(self._guard.another)
-                try:
-                    vm = Vm(await Monitor.connect(path), guard, self._journal)
-                except BaseException:
-                    guard.close()
-                    raise
-                await self._clear_guest(vm)
-                if path in self._journal.frozen():  # whoever held its monitor before has not heard it say that it runs
-                    await resume(vm.monitor)
-                    await asyncio.to_thread(self._journal.erase, path)
-                self._vms[path] = vm
-            return self._vms[path]
-
-    async def _let_go(self, vm: Vm) -> None:
-        """Of a monitor that broke or is silent; the next epoch connects anew, if another has not by now."""
-        path = vm.monitor.path
-        async with self._connecting[path]:
-            if self._vms.get(path) is vm:
-                await self._vms.pop(path).close()
-        task = asyncio.create_task(self._see_it_run(path))
-        self._resuming.add(task)
-        task.add_done_callback(self._resuming.discard)
-
-    async def _see_it_run(self, path: Path) -> None:
-        """The guard lets it run, but may end before the guest listens."""
-        while path in self._journal.frozen():
-            try:
-                await self._vm(path)
-            except NotFoundError:
-                await asyncio.to_thread(self._journal.erase, path)
-            except FlushpointError:
-                await asyncio.sleep(AGAIN_S)
-
-    async def _clear_guests(self) -> None:
-        """Of views that were left: by an agent before this one, or with a guest that has ended since."""
-        for path in {path for path, _ in remembered(self._scratch)} | self._fleeces.monitors():
-            try:
-                await self._vm(path)  # which clears it, if it is connected to anew
-            except NotFoundError:
-                self._fleeces.forget(path)
-                for view in [view for at, view in remembered(self._scratch) if at == path]:
-                    forget(view)
-            except FlushpointError as error:  # other guests' epochs are not to wait for this one
-                log.warning("cannot take views away", monitor=str(path), error=str(error))
-
-    async def _clear_guest(self, vm: Vm) -> None:
-        """Just connected to, so none of its views is an epoch's, but for those that are read."""
-        with suppress(FlushpointError):  # then its view cannot be taken away, and that is told
-            await self._fleeces.take_away_left(vm)
-        read = self._fleeces.read_now()
-        for view in [view for path, view in remembered(self._scratch) if path == vm.monitor.path]:
-            if view.mark in read:
-                continue
-            try:
-                await end_jobs(vm.monitor, view.mark)
-                await clear(vm, view)
-                await remove(vm.monitor, view)
-                await close_targets(vm.monitor)
-                log.warning("took away a view that was left", monitor=str(vm.monitor.path), disk=view.disk.device)
-            except FlushpointError as error:  # what it hinders, the guest refuses
-                log.warning("cannot take a view away", monitor=str(vm.monitor.path), error=str(error))
 
 
 def _cancel(task: asyncio.Task[tuple[DiskCopy, ...]]) -> None:

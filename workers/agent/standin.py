@@ -87,6 +87,7 @@ class StandIns:
         async with AsyncExitStack() as held:
             for path in sorted({image.path for image in images.values()}):
                 await held.enter_async_context(self._turns[path])
+            await asyncio.to_thread(self._refuse_shared, participant, images)
             nodes = await asyncio.to_thread(self._nodes, images)
             place = self._place()
             held.callback(shutil.rmtree, place, ignore_errors=True)
@@ -111,6 +112,16 @@ class StandIns:
 
     def _nodes(self, images: Mapping[str, DiskUri]) -> dict[str, dict[str, Any]]:
         return {disk: node_of(image, self._access) for disk, image in images.items()}
+
+    def _refuse_shared(self, participant: Participant, images: Mapping[str, DiskUri]) -> None:
+        """RefusedError for a device that the machine may be using elsewhere: no lock tells."""
+        devices = [image.path for image in images.values() if stat.S_ISBLK(Path(image.path).stat().st_mode)]
+        if participant.qmp and devices:
+            raise RefusedError(
+                f"{participant.vm} may run on another host that has the device {devices[0]}, too: locks of devices"
+                " do not reach there",
+                "start it here; or make the disk a member without qmp, if no other host can open it",
+            )
 
 
 def node_of(image: DiskUri, access: Access) -> dict[str, Any]:

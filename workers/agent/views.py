@@ -213,10 +213,12 @@ def _remember(monitor: Path, view: View) -> None:
 def write_durably(path: Path, text: str) -> None:
     """A new file of the scratch directory. UnavailableError."""
     try:
-        with path.open("xb") as file:
+        being_written = path.with_suffix(".new")
+        with being_written.open("wb") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        being_written.replace(path)
     except OSError as error:
         raise UnavailableError(
             f"nothing can be written to the scratch directory {path.parent}: {error.strerror}",
