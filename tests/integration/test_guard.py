@@ -103,7 +103,8 @@ def test_a_guest_whose_agent_is_killed_runs_again_at_once(guest: LiveGuest, guar
     assert has_stopped_writing(guest)
     agent.kill()
     guest.wait_until_it_writes()
-    assert f"let {guest.monitor} run: its agent is gone" in guard.log.read_text()
+    gone = f"let {guest.monitor} run: its agent is gone"
+    wait_until(lambda: gone in guard.log.read_text(), "the guard to see that")
 
 
 def test_a_guest_whose_agent_sleeps_runs_again_at_its_deadline(

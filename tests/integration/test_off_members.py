@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from coordinator.model.epoch import Consistency, Participant
-from coordinator.model.errors import RefusedError
+from coordinator.model.errors import FlushpointError, RefusedError
 from coordinator.model.group import GroupPolicy, GroupSpec
 from coordinator.model.mirror import MirrorSpec
 from coordinator.model.point import TRACKING, Member
@@ -122,14 +122,28 @@ def is_by_bitmap(member: Member, parent: int) -> bool:
     return (member.sync, member.parent) == ("incremental", parent) and member.reason.startswith("by bitmap ")
 
 
+def greets(path: Path) -> bool:
+    async def connect() -> None:
+        monitor = await Monitor.connect(path)
+        await monitor.close()
+
+    try:
+        asyncio.run(connect())
+    except FlushpointError:
+        return False
+    return True
+
+
 @contextmanager
 def held_by_another(bare: Bare) -> Iterator[None]:
-    """By a QEMU whose monitor nobody named."""
+    """By a QEMU whose monitor nobody named. It greets once it has the image; to try the lock would be to hold it."""
+    monitor = bare.image.with_name("other.qmp")
     node = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": str(bare.image)}}
     words = [QEMU, *MACHINE, "-blockdev", json.dumps(node), "-device", "virtio-blk-pci,drive=n"]
+    words += ["-qmp", f"unix:{monitor},server=on,wait=off"]
     other = Process(words, bare.image.with_name("other.log"))
     try:
-        wait_until(bare.refuses_to_be_written, f"a QEMU to open {bare.image}", STEP_S)
+        wait_until(lambda: greets(monitor), f"a QEMU to open {bare.image}", STEP_S)
         yield
     finally:
         other.kill()
