@@ -41,7 +41,7 @@ SIZES = (2, 4, 8)
 PIVOT_S = 5.0
 INCREMENT_S = 2.0
 """For how long a guest writes before each increment."""
-FLOOR_BITMAP = "floor"
+FLOOR_BITMAP = "floor-"
 _LATENCY = re.compile(r"(\d+) us a write")
 
 
@@ -88,16 +88,21 @@ class Floor:
                 await views.prepare(monitor, guest, guest.disk("a"), self._scratch)
                 for monitor, guest in zip(monitors, looked, strict=True)
             ]
+            for monitor, view in zip(monitors, prepared, strict=True):
+                old = {"node": view.disk.node, "name": f"{FLOOR_BITMAP}old", "persistent": True}
+                await monitor.execute("block-dirty-bitmap-add", old)
             begun: list[float] = []
 
             async def stop(monitor: Monitor) -> None:
                 begun.append(time.monotonic())
-                await monitor.execute("stop")
+                for command in ("query-status", "stop", "query-block"):
+                    await monitor.execute(command)
 
             async def go_on(monitor: Monitor, view: views.View) -> float:
-                new = {"node": view.disk.node, "name": FLOOR_BITMAP}
-                actions = [{"type": "block-dirty-bitmap-add", "data": new}]
-                await monitor.execute("transaction", {"actions": actions})
+                old, new = ({"node": view.disk.node, "name": f"{FLOOR_BITMAP}{name}"} for name in ("old", "new"))
+                added = {"type": "block-dirty-bitmap-add", "data": {**new, "persistent": True}}
+                disabled = {"type": "block-dirty-bitmap-disable", "data": old}
+                await monitor.execute("transaction", {"actions": [added, disabled]})
                 for command in views.inserting(view):
                     await monitor.execute(*command)
                 await monitor.execute("query-status")
@@ -108,7 +113,9 @@ class Floor:
             ended = await asyncio.gather(*map(go_on, monitors, prepared))
             for monitor, view in zip(monitors, prepared, strict=True):
                 await views.remove(monitor, view)
-                await monitor.execute("block-dirty-bitmap-remove", {"node": view.disk.node, "name": FLOOR_BITMAP})
+                for name in ("old", "new"):
+                    bitmap = {"node": view.disk.node, "name": f"{FLOOR_BITMAP}{name}"}
+                    await monitor.execute("block-dirty-bitmap-remove", bitmap)
             return [(end - begin) * 1000 for begin, end in zip(begun, ended, strict=True)]
         finally:
             for monitor in monitors:
