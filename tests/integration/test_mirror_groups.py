@@ -11,29 +11,32 @@ import pytest
 from coordinator.model.group import GroupPolicy, GroupSpec
 from coordinator.model.mirror import MirrorSpec
 from coordinator.model.view import CheckpointState
+from tests.contract.disks import loop_device
 from tests.deployment import FREEZE_S, Command, Deployment, member_of
 from tests.group_disks import Disks
 from tests.guest import GuestKit
 from tests.live_guest import LiveDisk, wandering_guest
 from tests.stack import Faulty, running_stack, wait_until
 
-pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc", "nbdkit")
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc", "nbdkit", "losetup")
 
-DISKS = (LiveDisk("a", iothread=True), LiveDisk("b", bus="virtio-scsi", format="raw"))
+DISKS = (LiveDisk("a", iothread=True), LiveDisk("b", bus="virtio-scsi", format="raw"), LiveDisk("c"))
 
 
 class Mirrored:
-    """A guest with two disks, of which one goes to a file and the other to an export that fails when told to."""
+    """A guest with three disks, which go to a file, to an export that fails when told to, and to a block device."""
 
-    def __init__(self, tested: Disks, image: Path, server: Faulty, *, staged: bool) -> None:
+    def __init__(self, tested: Disks, image: Path, server: Faulty, device: Path, *, staged: bool) -> None:
         self.tested = tested
         self.server = server
         self._image = image
+        self._device = device
         self._directory = image.parent
         self._vm = tested.host.guest.directory.name
         self.targets = {
             f"{self._vm}/a": str(self._directory / "a.copy.qcow2"),
             f"{self._vm}/b": server.uri,
+            f"{self._vm}/c": str(device),
         }
         spec = GroupSpec(
             repository=tested.deployment.repository,
@@ -45,7 +48,7 @@ class Mirrored:
 
     def check(self) -> None:
         """Targets equal the clones of the last cut."""
-        for disk, copy in (("a", self._directory / "a.copy.qcow2"), ("b", self._image)):
+        for disk, copy in (("a", self._directory / "a.copy.qcow2"), ("b", self._image), ("c", self._device)):
             assert self.tested.is_clone(disk, copy), disk
 
     def states(self) -> set[tuple[int, int]]:
@@ -70,7 +73,11 @@ def mirrored(request: pytest.FixtureRequest, deployment: Deployment, guest_kit: 
         with image.open("wb") as file:
             file.truncate(DISKS[1].size)
         server = stack.enter_context(Faulty(image, "error-pwrite-rate=100%", "error-zero-rate=100%"))
-        yield Mirrored(Disks(deployment, host, name), image, server, staged=name == "staged")
+        behind = directory / "c.copy"
+        with behind.open("wb") as file:
+            file.truncate(DISKS[2].size)
+        device = stack.enter_context(loop_device(behind))
+        yield Mirrored(Disks(deployment, host, name), image, server, device, staged=name == "staged")
 
 
 def test_targets_hold_a_point_or_are_said_to_hold_none(deployment: Deployment, mirrored: Mirrored) -> None:

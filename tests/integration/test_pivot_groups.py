@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,9 +18,11 @@ from coordinator.model.view import CompletionView
 from tests.deployment import FREEZE_S, Command, Deployment, member_of
 from tests.guest import GuestKit
 from tests.hosts import STEP_S, Host
-from tests.live_guest import MIB, LiveDisk, running_pair
+from tests.live_guest import MIB, LiveDisk, running_pair, wandering_guest
 from tests.stack import running_stack, wait_until
+from tests.turning_guests import asked as asked_of
 from tests.turning_guests import at, digest, disk_of, name_of, newest_of, standing_still
+from workers.agent.guest import look_at
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "gcc")
 
@@ -136,3 +140,37 @@ def test_after_the_decision_the_others_follow(moving: Moving) -> None:
     assert at(second.guest)[1] != moving.targets["follow"]
     stack.start_coordinator()
     moving.check_moved(asked)
+
+
+def test_a_guest_moves_with_all_of_its_disks(moving: Moving, guest_kit: GuestKit) -> None:
+    """When the word is said, the targets of all are what the disks are."""
+    deployment = moving.deployment
+    disks = LiveDisk("a", iothread=True, size=16 * MIB), LiveDisk("b", bus="virtio-scsi", format="raw", size=16 * MIB)
+    with (
+        wandering_guest(guest_kit, deployment.directory / "twins", disks) as guest,
+        deployment.host("hv3", guest) as host,
+    ):
+        targets = {disk.name: deployment.directory / f"twins-{disk.name}.raw" for disk in disks}
+        spec = GroupSpec(
+            repository=deployment.repository,
+            policy=GroupPolicy(freeze_timeout=FREEZE_S, prepare_timeout=10),
+            members=(member_of(host),),
+            mirror=MirrorSpec(targets={f"twins/{disk}": str(path) for disk, path in targets.items()}),
+        )
+        client = deployment.stack.client
+        client.apply_group("twins", spec)
+        host.start_agent("between-go-and-switch:stop")
+        asked = client.ask_to_complete_group("twins", pivot=True, downtime_s=10.0)
+        wait_until(host.trip.exists, "the guest to stand still", STEP_S)
+        for disk in disks:
+            clones = [
+                shutil.copyfile(path, f"{path}.clone") for path in (disk.image(guest.directory), targets[disk.name])
+            ]
+            compare = ["qemu-img", "compare", "-q", "-f", disk.format, "-F", "raw", *clones]
+            subprocess.run(compare, check=True, timeout=STEP_S)
+        host.signal_agent(signal.SIGCONT)
+        ended = client.completion("twins", asked.id)
+        assert ended.done, ended.why
+        guest.wait_until_it_writes()
+        attached = {disk.device: disk.file for disk in asked_of(guest, look_at).disks}
+        assert attached == {disk: str(path) for disk, path in targets.items()}
