@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tests.hosts import STEP_S, Host
 from tests.live_guest import MIB, LiveDisk, LiveGuest, first_number, running_guest, running_pair
 from tests.ports import free_ports
 from tests.stack import wait_until
+from tests.turning_guests import asked
 from workers.agent.guest import OURS, look_at
 from workers.agent.monitor import Monitor
 
@@ -219,6 +220,47 @@ def test_an_agent_that_is_lost_before_its_cut_aborts_the_epoch_and_harms_nobody(
     group.check_that_nothing_is_left()
 
 
+@pytest.mark.parametrize("point", BEFORE_CUT[1:])
+def test_a_guest_that_hangs_ends_the_epoch_and_runs_once_it_is_well(group: Group, point: str) -> None:
+    """Whatever it was told meanwhile, and by whom: it is let go of, and seen to."""
+    first, second = group.hosts
+    group.check_an_epoch()
+    second.start_agent(f"{point}:stop")
+    group.open()
+    wait_until(second.trip.exists, f"the agent to reach {point}", STEP_S)
+    assert second.agent is not None
+    log = second.agent.log
+    os.kill(second.guest.pid(), signal.SIGSTOP)
+    try:
+        second.signal_agent(signal.SIGCONT)
+        assert "follow" in group.wait_for(Phase.ABORTED).why
+        assert asked(first.guest, look_at).is_running, "it waits for the other to write, but runs"
+        wait_until(lambda: "nothing comes of this machine" in log.read_text(), "its agent to let go of it", STEP_S)
+    finally:
+        os.kill(second.guest.pid(), signal.SIGCONT)
+    group.check_that_all_write()
+    group.check_an_epoch()
+    group.check_that_nothing_is_left()
+
+
+def test_a_guest_that_is_killed_ends_the_epoch_and_takes_part_in_the_next(alone: Group, guest_kit: GuestKit) -> None:
+    (host,) = alone.hosts
+    with ExitStack() as opened:
+        for point in (*BEFORE_CUT, "before-stage"):
+            host.start_agent(f"{point}:stop")
+            alone.open()
+            wait_until(host.trip.exists, f"the agent to reach {point}", STEP_S)
+            host.guest.guest.kill()
+            host.signal_agent(signal.SIGCONT)
+            assert alone.wait_for(Phase.ABORTED).why.startswith("guest: "), point
+            host.guest = opened.enter_context(running_guest(guest_kit, host.guest.directory, host.guest.disks))
+            alone.open()
+            epoch = alone.wait_for(Phase.READABLE, Phase.ABORTED)
+            assert epoch.phase is Phase.READABLE, (point, epoch.why)
+            assert [path.name for path in host.scratch.iterdir()] == [epoch.name], "nothing of the guest that has ended"
+            alone.give_up()
+
+
 def test_an_agent_that_is_killed_while_it_stages_leaves_nothing_once_it_is_started_again(group: Group) -> None:
     _, second = group.hosts
     group.check_an_epoch()
@@ -350,21 +392,6 @@ def test_a_cut_that_failed_while_the_ledger_was_away_ends_the_epoch_once_it_is_b
     group.check_that_all_write()
     group.check_an_epoch()
     group.check_that_nothing_is_left()
-
-
-def test_a_guest_that_was_started_again_takes_part_at_once(alone: Group, guest_kit: GuestKit) -> None:
-    (host,) = alone.hosts
-    host.start_agent("before-stage:stop")
-    alone.open()
-    wait_until(host.trip.exists, "the agent to stage", STEP_S)
-    host.guest.guest.kill()
-    host.signal_agent(signal.SIGCONT)
-    assert alone.wait_for(Phase.ABORTED).phase is Phase.ABORTED
-    with running_guest(guest_kit, host.guest.directory, host.guest.disks):
-        alone.open()
-        epoch = alone.wait_for(Phase.READABLE, Phase.ABORTED)
-        assert epoch.phase is Phase.READABLE, epoch.why
-        assert [path.name for path in host.scratch.iterdir()] == [epoch.name], "nothing of the guest that has ended"
 
 
 def test_epochs_that_need_a_guest_at_once_share_its_monitor(alone: Group) -> None:

@@ -96,10 +96,9 @@ class Machine:
                     return replace(taken, fleece=choice.fleece)
             except BaseException as error:
                 self._muster.leave(self.name)
-                await self._drop(parts, choice)
+                await asyncio.gather(self._tell(epoch, barrier, error), self._drop(parts, choice))  # others wait
                 with suppress(FlushpointError):  # an entry too many lets a guest run that does already
                     await self.vm.disarm()
-                await self._tell(epoch, barrier, error)
                 raise
 
     async def _prepare(self, epoch: Epoch, parts: list[Part], choice: Choice) -> None:
