@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, closing, suppress
 from pathlib import Path
@@ -15,11 +14,12 @@ from coordinator.ledger import RedisLedger, open_barrier
 from coordinator.model.epoch import Epoch, EpochSpec, GoKey, Participant, Phase
 from coordinator.model.errors import RefusedError, UnavailableError
 from tests.contract.conftest import running_valkey
+from tests.guards import serving_guard
 from tests.guest import GuestKit
 from tests.live_guest import LiveDisk, LiveGuest, first_number, running_pair
 from workers.agent.cut import Frozen, Vm
 from workers.agent.feed import Feed
-from workers.agent.guard import Guard, GuardLink
+from workers.agent.guard import GuardLink
 from workers.agent.guest import OURS, look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
@@ -58,13 +58,7 @@ class Group:
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Group:
-        guard = Guard(self._directory / "guard", print)
-        ends = threading.Event()
-        serving = threading.Thread(target=guard.run, args=(ends.is_set,))
-        serving.start()
-        self._open.callback(guard.close)
-        self._open.callback(serving.join)
-        self._open.callback(ends.set)
+        self._open.enter_context(serving_guard(self._directory / "guard"))
         url = self._open.enter_context(running_valkey()).url
         self._ledger = self._open.enter_context(closing(RedisLedger(url)))
         term = self._ledger.lead("leader", HOUR_MS)

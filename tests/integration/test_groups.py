@@ -240,6 +240,7 @@ def test_a_disk_of_a_guest_is_mirrored_as_a_group_of_its_own(deployment: Deploym
     assert "of other disks" in run("mirror", f"qemu+unix:///b?{where}", *words[2:], code=2)
     assert "--overwrite does not go with" in run(*words, "--overwrite", code=2)
     assert "is no repository" in run(*words[:2], "/copy.raw", code=2)
+    run("complete", "solo")  # or its bitmaps would stay
     run("delete", "solo")
     deployment.apply("shop", *shop)
 

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import shutil
 import subprocess
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -19,10 +18,10 @@ from coordinator.model.errors import DiskIOError, FlushpointError, UnavailableEr
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
 from tests.certificates import make_pki
+from tests.guards import serving_guard
 from tests.stack import Process, accepts, wait_until
 from workers.access import Access
 from workers.agent.fleece import Fleece
-from workers.agent.guard import Guard
 from workers.agent.reader import ReadDisk
 from workers.agent.readers import Reader, Readers
 from workers.agent.stage import BITMAP
@@ -42,16 +41,8 @@ WRITTEN = 1 * MIB
 
 @pytest.fixture
 def guard(tmpfs_path: Path) -> Iterator[Path]:
-    path = tmpfs_path / "guard"
-    guard, ends = Guard(path, print), threading.Event()
-    serving = threading.Thread(target=guard.run, args=(ends.is_set,))
-    serving.start()
-    try:
+    with serving_guard(tmpfs_path / "guard") as path:
         yield path
-    finally:
-        ends.set()
-        serving.join()
-        guard.close()
 
 
 @pytest.fixture

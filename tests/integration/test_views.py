@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 import subprocess
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,12 +19,13 @@ from coordinator.model.errors import RefusedError, UnavailableError
 from coordinator.model.job import Sync
 from coordinator.model.uri import parse
 from flushpoint.cli import main
+from tests.guards import serving_guard
 from tests.guest import GuestKit
 from tests.live_guest import LiveDisk, LiveGuest, running_guest
 from workers.access import Access
 from workers.agent import stage as stage_module
 from workers.agent.cut import Part, Vm
-from workers.agent.guard import Guard, GuardLink
+from workers.agent.guard import GuardLink
 from workers.agent.guest import OURS, look_at
 from workers.agent.journal import Journal
 from workers.agent.monitor import Monitor
@@ -58,27 +58,18 @@ def guest(request: pytest.FixtureRequest, guest_kit: GuestKit, module_tmpfs_path
 
 @asynccontextmanager
 async def monitored(guest: LiveGuest, directory: Path) -> AsyncIterator[Vm]:
-    """Under a guard in a thread of this process: here nobody is killed."""
-    guard = Guard(directory / "guard", print)
-    ends = threading.Event()
-    serving = threading.Thread(target=guard.run, args=(ends.is_set,))
-    serving.start()
-    try:
+    with serving_guard(directory / "guard") as guard:
         monitor = await Monitor.connect(guest.monitor)
-        link = GuardLink(directory / "guard")
+        link = GuardLink(guard)
         try:
             yield Vm(monitor, link, Journal(directory / "journal"))
         finally:
             link.close()
             await monitor.close()
-    finally:
-        ends.set()
-        serving.join()
-        guard.close()
 
 
-CUTS = 75
-"""Of each layout: three hundred of all."""
+CUTS = 50
+"""Of each layout: two hundred of all."""
 READ_SHARE = 0.1
 WHOLE = 1 << 60
 """Of a disk: more than it has."""

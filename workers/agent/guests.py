@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -22,7 +22,7 @@ from workers.agent.feed import AGAIN_S
 from workers.agent.fleece import Fleece
 from workers.agent.guard import GuardLink
 from workers.agent.journal import Journal
-from workers.agent.monitor import Monitor
+from workers.agent.monitor import GuestRefusedError, Monitor
 from workers.agent.moves import close_targets, end_jobs
 from workers.agent.stage import clear, forget
 from workers.agent.views import View, remembered, remove
@@ -74,7 +74,8 @@ class Guests:
         if self._journal.has(path):
             if self._journal.is_of(path, vm.monitor.process()):
                 log.warning("lets a guest run that has not said that it does", monitor=str(path))
-                await resume(vm.monitor)
+                with suppress(GuestRefusedError):  # it is shut down, say, and there is nothing to let run
+                    await resume(vm.monitor)
             await asyncio.to_thread(self._journal.erase, path)
 
     async def let_go(self, vm: Vm) -> None:

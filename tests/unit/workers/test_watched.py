@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.model.errors import UnavailableError
+from tests.guards import serving_guard
 from workers.agent import watched
-from workers.agent.guard import Guard, GuardLink
+from workers.agent.guard import GuardLink
 from workers.agent.watched import BEAT_S, DUE_S, SILENT_S, has_hung_up
 
 READER = """
@@ -40,16 +40,8 @@ SPARE_S = 5.0
 @pytest.fixture
 def guard(tmpfs_path: Path) -> Iterator[Path]:
     """Where one listens."""
-    path = tmpfs_path / "guard"
-    guard, ends = Guard(path, print), threading.Event()
-    serving = threading.Thread(target=guard.run, args=(ends.is_set,))
-    serving.start()
-    try:
+    with serving_guard(tmpfs_path / "guard") as path:
         yield path
-    finally:
-        ends.set()
-        serving.join()
-        guard.close()
 
 
 def reader(guard: Path, beats: int = 0) -> subprocess.Popen[str]:
